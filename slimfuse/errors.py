@@ -1,0 +1,64 @@
+"""The exceptions a user may meet, each with what, where, got, allowed and the next step."""
+
+from __future__ import annotations
+
+
+class SlimfuseError(Exception):
+    """Base of every error raised on purpose; carries the exit code of the command line.
+
+    Exit codes: 1 internal fault, 2 bad input or environment, 3 a check or gate failed.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        got: object = None,
+        allowed: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what, self.where, self.got, self.allowed, self.hint = what, where, got, allowed, hint
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        fields = (("where", self.where), ("got", self.got), ("allowed", self.allowed))
+        lines += [f"  {name + ':':9}{value}" for name, value in fields if value is not None]
+        if self.hint:
+            lines.append(f"  {'next:':9}{self.hint}")
+        return "\n".join(lines)
+
+
+class UserError(SlimfuseError):
+    """The input or the machine is at fault, and the user can mend it."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """The recipe is malformed; `where` is file:line."""
+
+
+class ParentError(UserError):
+    """A parent can't be loaded, or the parents don't fit each other."""
+
+
+class ShapeError(UserError):
+    """The target's shape is not legal for its class."""
+
+
+class DataError(UserError):
+    """A data set can't be loaded or doesn't fit the model."""
+
+
+class StorageError(UserError):
+    """The run folder can't be written, or another process holds it."""
+
+
+class CheckFailed(SlimfuseError):
+    """A measured check (parity, strict load, a gate) did not hold."""
+
+    exit_code = 3
