@@ -1,0 +1,86 @@
+"""How the command line shows its results: tables, and progress with the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from slimfuse_export.bench import Progress as Tell
+from slimfuse_export.folder import CheckResult
+from slimfuse_export.latency import BenchResult, Ratio, conditions
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
+    """Return a table whose first column is text and whose other columns are figures."""
+    out = Table(box=None, header_style="bold", pad_edge=False)
+    for index, heading in enumerate(headings):
+        out.add_column(heading, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        # file names may hold brackets, which are markup to rich
+        out.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+    return out
+
+
+def show_checks(console: Console, results: Sequence[CheckResult]) -> None:
+    """Print one line for each check, and what went wrong below it."""
+    for result in results:
+        mark = Text("ok    ", "green") if result.passed else Text("FAILED", "red")
+        console.print(mark, Text(f"{result.name}: {result.detail}"), soft_wrap=True)
+
+
+def show_bench(console: Console, result: BenchResult, ratios: Sequence[Ratio]) -> None:
+    """Print the latencies, the ratios to the first model and the conditions."""
+    console.print(
+        table(
+            ("model", "threads", "batch", "p50 ms", "p90 ms", "p99 ms", "mean ms", "calls", ""),
+            [
+                (
+                    row.name,
+                    str(row.threads),
+                    str(row.batch),
+                    *(f"{ms:.3f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms, row.mean_ms)),
+                    str(row.n),
+                    Text("noisy", "yellow") if row.noisy else "",
+                )
+                for row in result.latencies
+            ],
+        )
+    )
+    for ratio in ratios:
+        line = (
+            f"{ratio.other} is {ratio.speedup:.2f}× as fast as {ratio.base} "
+            f"(95 % {1 / ratio.high:.2f}–{1 / ratio.low:.2f}×; "
+            f"{conditions(ratio.threads, ratio.batch)}{', noisy' if ratio.noisy else ''})"
+        )
+        console.print(Text(line), soft_wrap=True)
+    machine = ", ".join(f"{key} {value}" for key, value in result.environment.items())
+    console.print(Text(machine, "dim"), soft_wrap=True)
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Tell]:
+    """Yield a callback that shows share done and time left, or lines where there's no terminal."""
+    if not console.is_terminal:
+        said: set[str] = set()
+
+        def say(done: float, label: str) -> None:
+            if label not in said:
+                said.add(label)
+                console.print(Text(f"{done:4.0%} {label}"), soft_wrap=True)
+
+        yield say
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    # no refresh thread: it would take time from the calls being timed
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def move(done: float, label: str) -> None:
+            bar.update(task, completed=done, description=label, refresh=True)
+
+        yield move

@@ -1,0 +1,106 @@
+"""What a family declares: its legs, its legal shapes, and where its blocks keep their parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from slimfuse.spaces import Atlas
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that may shrink, in units; `inner` sizes of a head follow from the class."""
+
+    hidden_size: int
+    num_attention_heads: int
+    intermediate_size: int
+    num_hidden_layers: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.hidden_size} wide, {self.num_hidden_layers} deep, "
+            f"{self.num_attention_heads} heads, MLP {self.intermediate_size}"
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """One pre-norm block: module paths from the model's root, and the names of its spaces."""
+
+    path: str
+    attention: str
+    attention_norm: str
+    q: str
+    k: str
+    v: str
+    o: str
+    mlp: str
+    mlp_norm: str
+    up: str
+    down: str
+    head_space: str
+    qk_space: str
+    vo_space: str
+    mlp_space: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model's stream starts, runs and is read.
+
+    embed: module whose output is the first stream; embed_parameters write it linearly.
+    readout: the token whose stream the head reads.
+    """
+
+    stream_space: str
+    embed: str
+    embed_parameters: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    final_norm: str
+    head: str
+    readout: int
+
+
+class Family(Protocol):
+    """One model family. Configs and models are transformers' own."""
+
+    name: str
+
+    def atlas(self, config: Any) -> Atlas:
+        """Return the legs of every parameter of a model with this config."""
+
+    def layout(self, config: Any) -> Layout:
+        """Return where the model keeps the parts that a refit visits."""
+
+    def shape(self, config: Any) -> Shape:
+        """Return the sizes of a model with this config."""
+
+    def narrow(self, config: Any, shape: Shape) -> Any:
+        """Return a copy of `config` with `shape`; raises ShapeError when it isn't legal."""
+
+    def head_dims(self, config: Any) -> int:
+        """Return the units of one head (query/key and value alike)."""
+
+    def query_scale(self, parent: Any, target: Any) -> float:
+        """Return the factor on queries that keeps the scores when the head size changes."""
+
+    def build(self, config: Any, *, attention: str = "sdpa") -> nn.Module:
+        """Return a randomly initialised stock model in evaluation mode."""
+
+    def load_config(self, folder: str, revision: str | None = None) -> Any:
+        """Return the config of a saved model; raises ParentError."""
+
+    def load(
+        self, folder: str | Path, *, attention: str = "sdpa", revision: str | None = None
+    ) -> nn.Module:
+        """Return a saved model in evaluation mode, strictly; raises ParentError."""
+
+    def flops(self, config: Any) -> int:
+        """Return the floating-point operations of one sample (2 per multiply-add)."""
+
+    def mismatches(self, configs: dict[str, Any]) -> list[str]:
+        """Return what keeps models with these configs from being fused, one line each."""

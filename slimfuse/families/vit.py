@@ -1,0 +1,278 @@
+"""Hugging Face ViT (Dosovitskiy et al. 2021, arXiv 2010.11929): pre-norm, class token."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slimfuse.errors import ParentError, ShapeError
+from slimfuse.families.base import Block, Layout, Shape
+from slimfuse.spaces import Atlas, Space
+
+EMBEDDINGS = {
+    "vit.embeddings.cls_token": "=one =one ^resid",
+    "vit.embeddings.position_embeddings": "=one =positions ^resid",
+    "vit.embeddings.patch_embeddings.projection.weight": "^resid =channels =rows =columns",
+    "vit.embeddings.patch_embeddings.projection.bias": "^resid",
+}
+HEAD = {
+    "vit.layernorm.weight": "^resid",
+    "vit.layernorm.bias": "^resid",
+    "classifier.weight": "=classes _resid",
+    "classifier.bias": "=classes",
+}
+# k reads what q writes: the score pairs them; o reads what v writes
+LAYER = {
+    "layernorm_before.weight": "^resid",
+    "layernorm_before.bias": "^resid",
+    "attention.q_proj.weight": "(^head.{i} ^qk.{i}) _resid",
+    "attention.q_proj.bias": "(^head.{i} ^qk.{i})",
+    "attention.k_proj.weight": "(^head.{i} _qk.{i}) _resid",
+    "attention.k_proj.bias": "(^head.{i} _qk.{i})",
+    "attention.v_proj.weight": "(^head.{i} ^vo.{i}) _resid",
+    "attention.v_proj.bias": "(^head.{i} ^vo.{i})",
+    "attention.o_proj.weight": "^resid (_head.{i} _vo.{i})",
+    "attention.o_proj.bias": "^resid",
+    "layernorm_after.weight": "^resid",
+    "layernorm_after.bias": "^resid",
+    "mlp.fc1.weight": "^mlp.{i} _resid",
+    "mlp.fc1.bias": "^mlp.{i}",
+    "mlp.fc2.weight": "^resid _mlp.{i}",
+    "mlp.fc2.bias": "^resid",
+}
+QKV_BIAS = ("attention.q_proj.bias", "attention.k_proj.bias", "attention.v_proj.bias")
+
+
+class ViT:
+    """`ViTForImageClassification` with any width, depth, heads and MLP width."""
+
+    name = "vit"
+
+    def atlas(self, config: Any) -> Atlas:
+        """Return the legs of every parameter."""
+        patterns = dict(EMBEDDINGS)
+        spaces = [
+            Space("one", 1, "fixed"),
+            Space("positions", self._patches(config) + 1, "fixed"),
+            Space("channels", config.num_channels, "fixed"),
+            Space("rows", config.patch_size, "fixed"),
+            Space("columns", config.patch_size, "fixed"),
+            Space("classes", config.num_labels, "fixed"),
+            Space("resid", config.hidden_size, "stream"),
+        ]
+        for i in range(config.num_hidden_layers):
+            patterns |= {
+                f"vit.layers.{i}.{k}": p.format(i=i)
+                for k, p in LAYER.items()
+                if config.qkv_bias or k not in QKV_BIAS
+            }
+            spaces += [
+                Space(f"head.{i}", config.num_attention_heads, "head"),
+                Space(f"qk.{i}", self.head_dims(config), "qk"),
+                Space(f"vo.{i}", self.head_dims(config), "vo"),
+                Space(f"mlp.{i}", config.intermediate_size, "mlp"),
+            ]
+        return Atlas.declare(patterns | HEAD, spaces)
+
+    def layout(self, config: Any) -> Layout:
+        """Return where the parts are."""
+        return Layout(
+            stream_space="resid",
+            embed="vit.embeddings",
+            embed_parameters=tuple(EMBEDDINGS),
+            blocks=tuple(_block(i) for i in range(config.num_hidden_layers)),
+            final_norm="vit.layernorm",
+            head="classifier",
+            readout=0,
+        )
+
+    def shape(self, config: Any) -> Shape:
+        """Return the sizes that may shrink."""
+        return Shape(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.intermediate_size,
+            config.num_hidden_layers,
+        )
+
+    def head_dims(self, config: Any) -> int:
+        """Return hidden_size / num_attention_heads, or the `head_dim` a config may carry."""
+        return int(
+            getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        )
+
+    def query_scale(self, parent: Any, target: Any) -> float:
+        """Return √(d_target / d_parent): undoes the class' own division by √head_dim."""
+        return float((self.head_dims(target) / self.head_dims(parent)) ** 0.5)
+
+    def narrow(self, config: Any, shape: Shape) -> Any:
+        """Return a copy of `config` with `shape`; raises ShapeError with the nearest legal width."""
+        width, heads = shape.hidden_size, shape.num_attention_heads
+        if width % heads:
+            below = max(heads, width // heads * heads)
+            raise ShapeError(
+                "hidden_size must be a multiple of num_attention_heads",
+                where="target",
+                got=f"hidden_size {width}, num_attention_heads {heads}",
+                allowed=f"hidden_size {below} or {(width // heads + 1) * heads}",
+            )
+        if width // heads < 2:
+            raise ShapeError(
+                "a head needs at least two units",
+                where="target",
+                got=f"hidden_size {width} in {heads} heads",
+                allowed=f"num_attention_heads up to {width // 2}",
+            )
+        limits = self.shape(config)
+        for key in Shape.__dataclass_fields__:
+            if getattr(shape, key) > getattr(limits, key):
+                raise ShapeError(
+                    f"{key} of the target is larger than the parents'",
+                    where=f"target.{key}",
+                    got=getattr(shape, key),
+                    allowed=f"1 … {getattr(limits, key)}",
+                )
+        if shape.num_hidden_layers != limits.num_hidden_layers:
+            raise ShapeError(
+                "the target must be as deep as its parents: layers can't be fused into fewer yet",
+                where="target.num_hidden_layers",
+                got=shape.num_hidden_layers,
+                allowed=limits.num_hidden_layers,
+            )
+        narrowed = copy.deepcopy(config)
+        for key in Shape.__dataclass_fields__:
+            setattr(narrowed, key, getattr(shape, key))
+        if hasattr(narrowed, "head_dim"):  # older stock versions don't know the key
+            del narrowed.head_dim
+        return narrowed
+
+    def build(self, config: Any, *, attention: str = "sdpa") -> nn.Module:
+        """Return a randomly initialised model."""
+        from transformers import ViTForImageClassification
+
+        config = copy.deepcopy(config)
+        config._attn_implementation = attention
+        model: nn.Module = ViTForImageClassification(config).eval()
+        return model
+
+    def load_config(self, folder: str, revision: str | None = None) -> Any:
+        """Return the config of a saved ViT."""
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ParentError(
+                "the parent can't be opened",
+                where=str(folder),
+                got=_first_line(error),
+                hint="give a folder with config.json and model.safetensors, or a hub id while online",
+            ) from error
+        if config.model_type != "vit":
+            raise ParentError(
+                "the parent is of another family",
+                where=str(folder),
+                got=config.model_type,
+                allowed="vit",
+            )
+        return config
+
+    def load(
+        self, folder: str | Path, *, attention: str = "sdpa", revision: str | None = None
+    ) -> nn.Module:
+        """Return a saved model; a missing or unexpected weight is an error."""
+        import torch
+        from safetensors import SafetensorError
+        from transformers import ViTForImageClassification
+
+        self.load_config(str(folder), revision)
+        try:
+            model, info = ViTForImageClassification.from_pretrained(
+                folder,
+                revision=revision,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                attn_implementation=attention,
+                dtype=torch.float32,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ParentError(
+                "the parent's weights can't be read",
+                where=str(folder),
+                got=_first_line(error),
+                hint="the file may be cut off or not safetensors: fetch or save it again",
+            ) from error
+        wrong = {k: sorted(v)[:5] for k, v in info.items() if v}
+        if wrong:
+            raise ParentError(
+                "the parent's weights don't fit its config",
+                where=str(folder),
+                got="; ".join(f"{k}: {v}" for k, v in wrong.items()),
+                hint="fine-tune and save it as ViTForImageClassification first",
+            )
+        loaded: nn.Module = model.eval()
+        return loaded
+
+    def flops(self, config: Any) -> int:
+        """Return 2 x the multiply-adds of one image: matrices and attention products."""
+        tokens, d = self._patches(config) + 1, config.hidden_size
+        pixels = config.num_channels * config.patch_size**2
+        block = 4 * d * d + 2 * d * config.intermediate_size + 2 * tokens * d
+        total = (tokens - 1) * pixels * d + tokens * block * config.num_hidden_layers
+        return int(2 * (total + d * config.num_labels))
+
+    def mismatches(self, configs: dict[str, Any]) -> list[str]:
+        """Compare image, patch, depth, activation and labels of the parents."""
+        (first, base), *others = configs.items()
+        keys = (
+            "image_size", "patch_size", "num_channels", "num_hidden_layers", "hidden_act",
+            "layer_norm_eps", "qkv_bias",
+        )  # fmt: skip
+        lines = []
+        for name, config in others:
+            for key in keys:
+                a, b = getattr(base, key), getattr(config, key)
+                if a != b:
+                    lines.append(f"{key}: {first} has {a}, {name} has {b}")
+            if base.id2label != config.id2label:
+                lines.append(f"labels: {first} has {_labels(base)}, {name} has {_labels(config)}")
+        return lines
+
+    @staticmethod
+    def _patches(config: Any) -> int:
+        return int((config.image_size // config.patch_size) ** 2)
+
+
+def _block(i: int) -> Block:
+    layer = f"vit.layers.{i}"
+    return Block(
+        path=layer,
+        attention=f"{layer}.attention",
+        attention_norm=f"{layer}.layernorm_before",
+        q=f"{layer}.attention.q_proj",
+        k=f"{layer}.attention.k_proj",
+        v=f"{layer}.attention.v_proj",
+        o=f"{layer}.attention.o_proj",
+        mlp=f"{layer}.mlp",
+        mlp_norm=f"{layer}.layernorm_after",
+        up=f"{layer}.mlp.fc1",
+        down=f"{layer}.mlp.fc2",
+        head_space=f"head.{i}",
+        qk_space=f"qk.{i}",
+        vo_space=f"vo.{i}",
+        mlp_space=f"mlp.{i}",
+    )
+
+
+def _labels(config: Any) -> str:
+    names = [str(v) for _, v in sorted(config.id2label.items(), key=lambda kv: int(kv[0]))]
+    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return f"{len(names)} ({shown})"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

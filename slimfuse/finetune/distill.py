@@ -1,0 +1,63 @@
+"""What a training step minimises: labels, the teachers' soft targets, or a mix of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Batch = Callable[[Tensor], Tensor]
+"""Sample indices (batch,) -> model inputs (batch, ...)."""
+
+
+def soft_targets(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
+    """Return the teachers' weighted mean probabilities (n, classes) at `temperature`."""
+    total = sum(weights)
+    return sum(
+        (w / total) * torch.softmax(z.float() / temperature, -1)
+        for w, z in zip(weights, logits, strict=True)
+    )  # type: ignore[return-value]
+
+
+def labels_loss(
+    batch: Batch, labels: Tensor, label_smoothing: float = 0.0
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Return cross-entropy against labels (n,) as a loss of (model, indices)."""
+
+    def loss(model: nn.Module, indices: Tensor) -> Tensor:
+        scores = model(pixel_values=batch(indices)).logits
+        return nn.functional.cross_entropy(
+            scores.float(), labels[indices], label_smoothing=label_smoothing
+        )
+
+    return loss
+
+
+def distillation_loss(
+    batch: Batch,
+    labels: Tensor,
+    teach: Callable[[Tensor, Tensor], Tensor],
+    *,
+    temperature: float,
+    hardness: float,
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Return `hardness`·T²·KL(teachers ‖ model) + (1 - `hardness`)·cross-entropy.
+
+    teach: (indices, inputs) -> soft targets (batch, classes) at `temperature`.
+    The factor T² keeps the gradient's size independent of T.
+    Source: Hinton et al. 2015 (arXiv 1503.02531), section 2.
+    """
+
+    def loss(model: nn.Module, indices: Tensor) -> Tensor:
+        inputs = batch(indices)
+        scores = model(pixel_values=inputs).logits.float()
+        soft = nn.functional.kl_div(
+            torch.log_softmax(scores / temperature, -1),
+            teach(indices, inputs),
+            reduction="batchmean",
+        )
+        hard = nn.functional.cross_entropy(scores, labels[indices])
+        return hardness * temperature**2 * soft + (1 - hardness) * hard
+
+    return loss

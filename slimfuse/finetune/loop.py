@@ -1,0 +1,182 @@
+"""The one training loop: AdamW, warm-up and cosine, exact resume from any checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from slimfuse.errors import SlimfuseError
+from slimfuse.progress import track
+
+Precision = Literal["fp32", "bf16"]
+Loss = Callable[[nn.Module, Tensor], Tensor]
+CHECKPOINT_SECONDS = 60.0
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast. `warmup` is a fraction of the steps, `ema` a decay per step."""
+
+    steps: int
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    ema: float | None = None
+    seed: int = 0
+
+
+def steps_of(samples: int, epochs: float, batch_size: int) -> int:
+    """Return how many optimizer steps `epochs` passes over `samples` take."""
+    return round(epochs * math.ceil(samples / batch_size))
+
+
+def best_precision() -> Precision:
+    """Return bf16 where this machine computes it natively, else fp32."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    samples: int,
+    schedule: Schedule,
+    *,
+    precision: Precision,
+    checkpoint: Path,
+    what: str,
+) -> list[float]:
+    """Train `model` in place and return the loss of every step.
+
+    loss: called with the model and the indices (batch,) of the samples of one step.
+    checkpoint: a safetensors file, written every minute; if it exists, training goes on from it
+    and ends with the same weights as an undisturbed run, because the order of the samples and
+    the random numbers of a step depend on the seed and the step alone.
+    Raises SlimfuseError when the loss is not finite.
+    """
+    model.train()
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no", cpu=not torch.cuda.is_available()
+    )
+    optimizer = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.lr)
+    average = (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema))
+        if schedule.ema
+        else None
+    )
+    history: list[float] = []
+    if checkpoint.exists():
+        history = _restore(checkpoint, model, optimizer, average)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    saved = time.monotonic()
+    with track(what, schedule.steps) as tell:
+        tell(len(history))
+        for step in range(len(history), schedule.steps):
+            indices = batch_indices(samples, step, schedule.batch_size, schedule.seed)
+            torch.manual_seed(schedule.seed * 1_000_003 + step)
+            rate = schedule.lr * _factor(step, schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            value = loss(wrapped, indices)
+            if not bool(torch.isfinite(value)):
+                raise SlimfuseError(
+                    f"the loss is not finite at step {step} while {what}",
+                    hint="lower the learning rate, or set runtime.precision: fp32",
+                )
+            accelerator.backward(value)
+            accelerator.clip_grad_norm_(wrapped.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            if average is not None:
+                average.update_parameters(model)
+            history.append(float(value.detach()))
+            tell(step + 1, f"loss {history[-1]:.3f}")
+            if time.monotonic() - saved >= CHECKPOINT_SECONDS:
+                _save(checkpoint, model, optimizer, average, history)
+                saved = time.monotonic()
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
+    checkpoint.unlink(missing_ok=True)
+    model.eval()
+    return history
+
+
+def batch_indices(samples: int, step: int, batch_size: int, seed: int) -> Tensor:
+    """Return the samples of one step: a seeded shuffle per epoch, cut into batches."""
+    per_epoch = math.ceil(samples / batch_size)
+    epoch, place = divmod(step, per_epoch)
+    generator = torch.Generator().manual_seed(seed * 7_919 + epoch)
+    order = torch.randperm(samples, generator=generator)
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
+def _factor(step: int, schedule: Schedule) -> float:
+    """Return the rate of `step` relative to the peak: linear warm-up, then half a cosine."""
+    warm = max(1, round(schedule.warmup * schedule.steps))
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, schedule.steps - warm)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Decay matrices only: not biases, norms, class tokens and positions."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = {p for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)
+                for p in m.parameters(recurse=False) if p.ndim > 1}  # fmt: skip
+    return [
+        {"params": [p for p in parameters if p in matrices], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p not in matrices], "weight_decay": 0.0},
+    ]
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    history: list[float],
+) -> None:
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    if average is not None:
+        tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
+    tensors["history"] = torch.tensor(history, dtype=torch.float64)
+    temporary = path.with_suffix(".writing")
+    save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary)
+    temporary.replace(path)
+
+
+def _restore(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None
+) -> list[float]:
+    tensors = load_file(path)
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in part("optimizer.").items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    if average is not None:
+        average.load_state_dict(part("average."))
+    return [float(v) for v in tensors["history"]]

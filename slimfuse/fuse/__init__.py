@@ -1,0 +1,1 @@
+"""Fusion: closed-form refit and its controls."""

@@ -1,0 +1,148 @@
+"""One map for the whole residual stream: the parents' consensus, then a narrower basis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slimfuse.fuse.solve import RANK_TOLERANCE, decoder
+from slimfuse.transport import TransportMap, from_assignment, solve, standardised_cost
+
+StreamMethod = Literal["pca", "select", "ot", "cluster"]
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """The parents' streams brought into the anchor's (first parent's) coordinates.
+
+    Consensus stream y = Σ_p mix_p x_p. mixes: (d, d_p) each, weights and channel centring
+    included; readbacks: (d_p, d), x_p ≈ readback_p y; second: E[y yᵀ] (d, d), every row divided
+    by the anchor's norm so that all depths count alike; agreement: share of the anchor's energy
+    that each parent's stream explains linearly.
+    """
+
+    mixes: tuple[Tensor, ...]
+    readbacks: tuple[Tensor, ...]
+    second: Tensor
+    agreement: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StreamMap:
+    """Target stream z = encode · y, y ≈ decode · z. encode: (m, d), decode: (d, m).
+
+    energy: share of the consensus' normalised energy that each direction holds, largest first.
+    plan: the transport plan, where the method has one.
+    """
+
+    encode: Tensor
+    decode: Tensor
+    energy: Tensor
+    kept: float
+    plan: TransportMap | None = None
+
+
+def centring(size: int) -> Tensor:
+    """Return the projection (size, size) that removes the mean over channels."""
+    eye = torch.eye(size, dtype=torch.float64)
+    return eye - 1 / size
+
+
+def consensus(joint: Tensor, widths: Sequence[int], weights: Sequence[float]) -> Consensus:
+    """Return the anchored consensus of the parents' streams (fusion.md §3).
+
+    joint: E[x xᵀ / |P x_1|²] (Σd, Σd) of the concatenated streams; R_p = argmin E|x_1 - R x_p|²
+    on the channel-centred streams.
+    """
+    total = sum(weights)
+    cuts = torch.tensor([0, *widths]).cumsum(0).tolist()
+    parts = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    project = torch.block_diag(*(centring(d) for d in widths))
+    joint = project @ joint @ project
+    anchor = parts[0]
+    mixes, agreement = [], []
+    for part, weight, width in zip(parts, weights, widths, strict=True):
+        if part is anchor:
+            back = centring(width)
+        else:
+            back = joint[anchor, part] @ _pinv(joint[part, part]) @ centring(width)
+        explained = (back @ joint[part, part] @ back.T).trace() / joint[anchor, anchor].trace()
+        mixes.append(back * (weight / total))
+        agreement.append(float(explained))
+    stacked = torch.cat(mixes, dim=1)
+    second = stacked @ joint @ stacked.T
+    inverse = _pinv(second)
+    readbacks = tuple(joint[part] @ stacked.T @ inverse for part in parts)
+    return Consensus(tuple(mixes), readbacks, second, tuple(agreement))
+
+
+def stream_map(
+    second: Tensor, width: int, method: StreamMethod, *, reg: float | None = None
+) -> StreamMap:
+    """Return the map of a stream with second moment (d, d) onto `width` channels.
+
+    pca: top directions in an output basis orthogonal to the all-ones vector, so that the target's
+    LayerNorm loses nothing (width - 1 useful directions). select: greedy choice of channels. ot:
+    plan from all channels to the selected ones (exact, or entropic with `reg`). cluster: k-means
+    of the channels, the hard free-support barycentre.
+    """
+    values, vectors = torch.linalg.eigh(second)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    energy = values / values.sum()
+    plan: TransportMap | None = None
+    if method == "pca":
+        top = vectors[:, : width - 1]
+        encode = _basis(width) @ top.T
+        decode = encode.T
+    else:
+        chosen = torch.tensor(pivots(second, width))
+        variance = second.diagonal()
+        if method == "select":
+            encode = torch.eye(len(second), dtype=torch.float64)[chosen]
+        elif method == "ot":
+            cost = standardised_cost(second[:, chosen], variance, variance[chosen])
+            plan = solve(cost, reg=reg)
+            encode = plan.push.T
+        else:
+            plan = from_assignment(_cluster(second, width), width)
+            encode = plan.push.T
+        decode = decoder(second, encode.T)
+    left = second - decode @ encode @ second
+    left = left - (left @ encode.T) @ decode.T
+    kept = 1 - float(left.trace().clamp_min(0) / second.trace())
+    return StreamMap(encode, decode, energy, kept, plan)
+
+
+def pivots(second: Tensor, count: int) -> list[int]:
+    """Return `count` channels that explain the others best (greedy, see `greedy_groups`)."""
+    from slimfuse.fuse.solve import greedy_groups
+
+    singles = list(torch.arange(len(second))[:, None])
+    return sorted(greedy_groups(second, torch.eye(len(second), dtype=second.dtype), singles, count))
+
+
+def _cluster(second: Tensor, count: int) -> Tensor:
+    """Return the cluster (d,) of every channel: k-means on rows of the standardised C^½."""
+    from sklearn.cluster import KMeans
+
+    values, vectors = torch.linalg.eigh(second)
+    points = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    means = KMeans(count, n_init=4, random_state=0).fit(points.numpy())
+    return torch.as_tensor(means.labels_, dtype=torch.long)
+
+
+def _basis(size: int) -> Tensor:
+    """Return an orthonormal basis (size, size - 1) of the vectors whose entries sum to 0."""
+    helmert = torch.zeros(size, size - 1, dtype=torch.float64)
+    for k in range(1, size):
+        helmert[:k, k - 1] = 1 / (k * (k + 1)) ** 0.5
+        helmert[k, k - 1] = -k / (k * (k + 1)) ** 0.5
+    return helmert
+
+
+def _pinv(matrix: Tensor) -> Tensor:
+    return torch.linalg.pinv(matrix, rtol=RANK_TOLERANCE, hermitian=True)

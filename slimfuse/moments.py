@@ -1,0 +1,65 @@
+"""Streamed second moments of activations: all that calibration has to remember."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Weighted mean and covariance of several sites seen on the same rows.
+
+    Memory is the square of the sites' joint width, however many rows are seen. Sums are kept in
+    float64 about a shift taken from the first rows, so that a large mean costs no digits.
+    """
+
+    def __init__(self, **widths: int) -> None:
+        self.widths = widths
+        edges = torch.tensor([0, *widths.values()]).cumsum(0).tolist()
+        self._slices = {
+            site: slice(a, b) for site, a, b in zip(widths, edges, edges[1:], strict=False)
+        }
+        size = edges[-1]
+        self.weight = 0.0
+        self._shift: Tensor | None = None
+        self._sum = torch.zeros(size, dtype=torch.float64)
+        self._outer = torch.zeros(size, size, dtype=torch.float64)
+
+    def update(self, weights: Tensor | None = None, **rows: Tensor) -> None:
+        """Add rows (n, width) of every site; `weights` (n,) defaults to ones."""
+        joint = torch.cat([rows[site].double().cpu() for site in self.widths], dim=1)
+        w = torch.ones(len(joint), dtype=torch.float64) if weights is None else weights.double()
+        if self._shift is None:
+            self._shift = joint.mean(0)
+        centred = joint - self._shift
+        weighted = centred * w[:, None]
+        self.weight += float(w.sum())
+        self._sum += weighted.sum(0)
+        self._outer += weighted.T @ centred
+
+    def merge(self, other: Moments) -> None:
+        """Add what `other` saw (another shard of the same sites)."""
+        if other._shift is None:
+            return
+        if self._shift is None:
+            self._shift = other._shift
+        gap = other._shift - self._shift
+        self._outer += other._outer + torch.outer(gap, other._sum) + torch.outer(other._sum, gap)
+        self._outer += other.weight * torch.outer(gap, gap)
+        self._sum += other._sum + other.weight * gap
+        self.weight += other.weight
+
+    def mean(self, site: str) -> Tensor:
+        """Return the weighted mean (width,) of a site."""
+        assert self._shift is not None, "no rows were seen"
+        return (self._shift + self._sum / self.weight)[self._slices[site]]
+
+    def cov(self, a: str, b: str | None = None) -> Tensor:
+        """Return the covariance (width of a, width of b) of two sites (b defaults to a)."""
+        rows, columns = self._slices[a], self._slices[b or a]
+        mean = self._sum / self.weight
+        return self._outer[rows, columns] / self.weight - torch.outer(mean[rows], mean[columns])
+
+    def second(self, a: str, b: str | None = None) -> Tensor:
+        """Return E[x_a x_bᵀ] (width of a, width of b) about zero (b defaults to a)."""
+        return self.cov(a, b) + torch.outer(self.mean(a), self.mean(b or a))

@@ -1,0 +1,73 @@
+"""Progress of long work: a bar with the time left on a terminal, log lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False)
+LINE_SECONDS = 15.0
+
+
+class Tracker(Protocol):
+    """What long work tells as it goes."""
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """Say that `done` units are finished in all, with a short note (loss, rate)."""
+
+
+@contextmanager
+def track(what: str, total: int) -> Iterator[Tracker]:
+    """Show `what` and how far it is; yields a function that takes the units done so far."""
+    yield from _bar(what, total) if console.is_terminal else _lines(what, total)
+
+
+def _bar(what: str, total: int) -> Iterator[Tracker]:
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task(what, total=total, note="")
+
+        def tell(done: int, note: str = "") -> None:
+            progress.update(task, completed=done, note=note)
+
+        yield tell
+
+
+def _lines(what: str, total: int) -> Iterator[Tracker]:
+    start = told = time.monotonic()
+    first: int | None = None
+
+    def tell(done: int, note: str = "") -> None:
+        nonlocal told, first
+        now = time.monotonic()
+        if first is None:
+            first = done  # resumed work: what was done before doesn't count for the rate
+        if now - told >= LINE_SECONDS:
+            told = now
+            left = (now - start) / max(done - first, 1) * (total - done)
+            console.print(f"  {what}: {done}/{total}, about {left:.0f} s left {note}".rstrip())
+
+    yield tell

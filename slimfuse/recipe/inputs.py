@@ -1,0 +1,143 @@
+"""What goes in: the data set and the parents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from slimfuse.recipe.strict import (
+    Augment,
+    Count,
+    Finding,
+    Fraction,
+    Location,
+    NonNegative,
+    Positive,
+    Seed,
+    Shard,
+    Slug,
+    Strict,
+    Text,
+)
+
+
+class Limit(Strict):
+    """Caps on the number of samples, for a quick try."""
+
+    train: Count | None = Field(None, description="Most training samples to use; null: all.")
+    test: Count | None = Field(None, description="Most test samples to use; null: all.")
+
+
+class Calibration(Strict):
+    """The training samples on which activations are observed."""
+
+    samples: int = Field(512, ge=1, le=100_000, description="Number of samples.")
+    seed: Seed = Field(0, description="Seed of their choice.")
+
+
+class Data(Strict):
+    """The data set that trains, calibrates and tests every model of the run."""
+
+    source: Literal["digits", "fashion-mnist", "imagefolder", "datasets"] = Field(
+        description="Kind of data set: digits comes with scikit-learn, datasets is the library."
+    )
+    path: Location | None = Field(
+        None,
+        description="Folder of an imagefolder; name or local folder for datasets; "
+        "optionally the folder with fashion-mnist's idx.gz files.",
+    )
+    config: Text | None = Field(None, description="Configuration name, for datasets only.")
+    train_split: Text = Field("train", description="Name of the training split.")
+    test_split: Text = Field("test", description="Name of the split that is measured.")
+    image_column: Text = Field("image", description="Column with the picture.")
+    label_column: Text = Field("label", description="Column with the class.")
+    image_size: Count | None = Field(
+        None, description="Side of the square input in pixels; null: the parents' or native size."
+    )
+    limit: Limit = Field(Limit(), description="Caps on the number of samples.")
+    calibration: Calibration = Field(
+        Calibration(), description="Training samples on which activations are observed."
+    )
+
+    @classmethod
+    def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
+        """Say which sources need a path, and which take neither a path nor a config."""
+        source, path, config = raw.get("source"), raw.get("path"), raw.get("config")
+        findings = []
+        if source in ("imagefolder", "datasets") and path is None:
+            findings.append(Finding(("path",), f"missing key: source {source!r} needs it"))
+        if source == "digits" and path is not None:
+            findings.append(Finding(("path",), "source 'digits' takes no path", allowed="null"))
+        if source in ("digits", "fashion-mnist", "imagefolder") and config is not None:
+            what = f"source {source!r} takes no config"
+            findings.append(Finding(("config",), what, allowed="null"))
+        return findings
+
+
+class TrainConfig(Strict):
+    """The shape of a parent that the run trains itself."""
+
+    hidden_size: Count = Field(description="Width of the residual stream, in units.")
+    num_hidden_layers: Count = Field(description="Number of blocks.")
+    num_attention_heads: Count = Field(description="Heads per block; must divide hidden_size.")
+    intermediate_size: Count = Field(description="Width of each MLP, in units.")
+    patch_size: Count = Field(description="Side of a square patch in pixels.")
+
+    @classmethod
+    def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
+        """Demand heads of equal width."""
+        hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
+        if type(hidden) is int and type(heads) is int and heads >= 1 and hidden % heads:
+            what = f"does not divide hidden_size {hidden}"
+            return [Finding(("num_attention_heads",), what)]
+        return []
+
+
+class Train(Strict):
+    """How a demo makes its own parent (AdamW, cosine schedule)."""
+
+    config: TrainConfig = Field(description="The parent's shape.")
+    shard: Shard = Field(
+        "1/1", description="'i/n': train on the i-th of n disjoint parts of the training set."
+    )
+    epochs: Count = Field(description="Passes over the shard.")
+    batch_size: Count = Field(128, description="Samples per step.")
+    lr: Positive = Field(1e-3, description="Peak learning rate, per step.")
+    weight_decay: NonNegative = Field(0.05, description="Decoupled weight decay, times lr.")
+    warmup: Fraction = Field(0.1, description="Part of the steps with a rising rate, 0 to 1.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Probability spread over all classes, 0 to 1."
+    )
+    augment: Augment = Field((), description="Random changes to the training pictures.")
+    seed: Seed = Field(0, description="Seed of the start, the order and the augmentation.")
+
+
+class Parent(Strict):
+    """A trained model to fuse: from a path or the hub, or trained by the run."""
+
+    name: Slug = Field(description="Its name in the report and in distill.teachers.")
+    from_: Location | None = Field(
+        None, alias="from", description="Local folder or hub id; exactly one of from and train."
+    )
+    train: Train | None = Field(
+        None, description="Train it in this run; exactly one of from and train."
+    )
+    weight: Positive = Field(
+        1.0, description="Its share in the fused model, relative to the other parents'."
+    )
+    revision: Text | None = Field(None, description="Hub commit, tag or branch; only with from.")
+
+    @classmethod
+    def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
+        """Demand one origin, and keep revision to hub models."""
+        origin, train = raw.get("from") is not None, raw.get("train") is not None
+        findings = []
+        if origin and train:
+            findings.append(Finding(("train",), "stands beside 'from'", allowed="one of the two"))
+        if not origin and not train:
+            findings.append(Finding((), "missing key: needs 'from' or 'train'"))
+        if raw.get("revision") is not None and not origin:
+            findings.append(Finding(("revision",), "goes only with 'from'", allowed="null"))
+        return findings

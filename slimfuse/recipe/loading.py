@@ -1,0 +1,113 @@
+"""From a recipe file to a `Recipe`, to the schema, and to the list of recipes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from slimfuse.errors import RecipeError
+from slimfuse.recipe.explain import explain
+from slimfuse.recipe.models import Recipe
+from slimfuse.recipe.overrides import apply_override
+from slimfuse.recipe.problems import InvalidRecipe, Problem
+from slimfuse.recipe.tree import MAX_BYTES, Tree, read_file
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """One line of `slimfuse recipe list`; `error` is set where the file is no valid recipe."""
+
+    path: Path
+    name: str
+    family: str
+    task: str
+    summary: str
+    error: RecipeError | None = None
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a YAML file, after overrides like `finetune.lr=1e-3`.
+
+    Raises: RecipeError (InvalidRecipe, with every problem) where file or overrides don't hold.
+    """
+    tree = read_file(path)
+    for override in overrides:
+        apply_override(tree, override)
+    recipe, wrong = _validate(tree)
+    problems = tree.problems + [
+        problem
+        for problem in wrong
+        if not any(problem.loc[:n] in tree.unreadable for n in range(len(problem.loc) + 1))
+    ]
+    if problems or recipe is None:
+        # in the order of the file's lines, then the overrides
+        raise InvalidRecipe(sorted(problems, key=_order))
+    return recipe
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of a recipe, every key described."""
+    return copy.deepcopy(_schema())
+
+
+def find_recipes(root: Path) -> list[RecipeInfo]:
+    """Return every `*.yaml` below a folder in order of path, faulty ones with their error."""
+    if not root.is_dir():
+        raise RecipeError("no such folder of recipes", where=str(root))
+    return [_info(path) for path in sorted(root.rglob("*.yaml"))]
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    schema = Recipe.model_json_schema(by_alias=True, mode="validation")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _validate(tree: Tree) -> tuple[Recipe | None, list[Problem]]:
+    try:
+        return Recipe.model_validate(tree.data), []
+    except ValidationError as error:
+        items = error.errors(include_url=False)
+    return None, [explain(item, tree, _schema()) for item in items if not _is_echo(item)]
+
+
+def _is_echo(item: ErrorDetails) -> bool:
+    """Tell a list that is only too short because pydantic left out its faulty items."""
+    return item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]
+
+
+def _order(problem: Problem) -> tuple[bool, int]:
+    return problem.place.line is None, problem.place.line or 0
+
+
+def _info(path: Path) -> RecipeInfo:
+    summary = _summary(path)
+    try:
+        recipe = load_recipe(path)
+    except RecipeError as error:
+        return RecipeInfo(path, path.stem, "", "", summary, error)
+    return RecipeInfo(path, recipe.name, recipe.family, recipe.task, summary)
+
+
+def _summary(path: Path) -> str:
+    """Return the file's first comment line that is for readers, if it stands at the top."""
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            lines = file.read(MAX_BYTES).splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        text = line.strip()
+        if text and not text.startswith("#"):
+            break
+        text = text.lstrip("# ")
+        if text and not text.startswith("yaml-language-server:"):
+            return text
+    return ""

@@ -1,0 +1,258 @@
+"""The recipe and what it does with its inputs: types, bounds, defaults, units, rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from slimfuse.recipe.inputs import Data, Parent
+from slimfuse.recipe.problems import Loc, nearest
+from slimfuse.recipe.strict import (
+    Augment,
+    Count,
+    Distinct,
+    ExactInt,
+    Finding,
+    Fraction,
+    Listed,
+    NonNegative,
+    Positive,
+    Seed,
+    Several,
+    Size,
+    Slug,
+    Strict,
+    as_tuple,
+)
+
+RESERVED_NAMES = ("fused", "finetuned", "onnx", "onnx-int8", "random-start")
+"""Names of the report's other rows, so no parent may have them."""
+
+GATE_LIMITS = {"accuracy": "max_drop", "latency_p50": "min_speedup", "params": "max_ratio"}
+
+
+class Target(Strict):
+    """The fused model's shape: an integer is absolute, a float is a ratio to the parents."""
+
+    hidden_size: Size = Field(
+        description="Width of the residual stream: units, or ratio to the widest parent's."
+    )
+    num_attention_heads: Size | None = Field(
+        None, description="Heads per block: number or ratio; null: by hidden_size's ratio."
+    )
+    intermediate_size: Size | None = Field(
+        None, description="Width of each MLP: units or ratio; null: by hidden_size's ratio."
+    )
+    num_hidden_layers: Size | None = Field(
+        None, description="Number of blocks: number or ratio; null: as the parents."
+    )
+
+
+class Ot(Strict):
+    """The solver of optimal transport."""
+
+    solver: Literal["emd", "sinkhorn"] = Field(
+        "emd", description="Exact (emd) or entropic (sinkhorn) transport."
+    )
+    reg: Positive = Field(
+        0.05, description="Entropic regularisation, in units of the mean cost; sinkhorn only."
+    )
+
+
+class Fuse(Strict):
+    """The one-shot fusion, before any training of the result."""
+
+    method: Literal["refit"] = Field(
+        "refit", description="Refit: least squares on the parents' activations, block by block."
+    )
+    stream: Literal["pca", "select", "ot", "cluster"] = Field(
+        "pca", description="How the residual stream is narrowed."
+    )
+    units: Literal["cholesky", "magnitude", "ot"] = Field(
+        "cholesky", description="How the units of each MLP are chosen."
+    )
+    heads: Literal["contribution", "first"] = Field(
+        "contribution", description="How attention heads are chosen."
+    )
+    ridge: NonNegative = Field(
+        1e-3, description="Damping of the least squares, relative to the mean diagonal."
+    )
+    ot: Ot = Field(Ot(), description="Optimal transport, where stream or units ask for it.")
+    batch_size: Count = Field(128, description="Calibration samples per forward pass.")
+
+
+class Distill(Strict):
+    """Which parents teach, and how much they count."""
+
+    teachers: Several[str] | None = Field(
+        None, description="Names of the parents that teach; null: all."
+    )
+    temperature: Positive = Field(2.0, description="Divisor of teachers' and student's logits.")
+    hardness: Fraction = Field(
+        0.9, description="Weight of the teachers' soft targets, 0 to 1; the rest is the labels'."
+    )
+
+
+class Finetune(Strict):
+    """Training of the fused model (AdamW, cosine schedule, distillation)."""
+
+    epochs: NonNegative = Field(
+        1.0, description="Passes over the training set; may be fractional; 0: none."
+    )
+    lr: Positive = Field(5e-4, description="Peak learning rate, per step.")
+    batch_size: Count = Field(128, description="Samples per step.")
+    weight_decay: NonNegative = Field(0.05, description="Decoupled weight decay, times lr.")
+    warmup: Fraction = Field(0.1, description="Part of the steps with a rising rate, 0 to 1.")
+    augment: Augment = Field((), description="Random changes to the training pictures.")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Decay per step of the averaged weights, 0 to 1; null: no average."
+    )
+    seed: Seed = Field(0, description="Seed of the order and the augmentation.")
+    distill: Distill = Field(Distill(), description="The parents as teachers.")
+
+
+class Quantize(Strict):
+    """The INT8 copy of the ONNX model."""
+
+    mode: Literal["auto", "dynamic", "none"] = Field(
+        "auto", description="auto: dynamic where max_drop holds; dynamic: always; none: never."
+    )
+    max_drop: Fraction = Field(
+        0.01, description="Largest loss of accuracy against the ONNX model, absolute, 0 to 1."
+    )
+
+
+class Export(Strict):
+    """What is exported, and how close it must stay."""
+
+    opset: int = Field(20, ge=18, le=24, description="ONNX operator set.")
+    quantize: Quantize = Field(Quantize(), description="The INT8 copy.")
+    parity_atol: Positive = Field(
+        1e-4, description="Largest difference between torch's and ONNX's logits, absolute."
+    )
+
+
+class Bench(Strict):
+    """How latency is measured, with onnxruntime on this machine's CPU."""
+
+    threads: Several[Count] = Field((1,), description="Thread counts to measure.")
+    batch: Several[Count] = Field((1, 8), description="Batch sizes to measure, in samples.")
+    warmup: int = Field(10, ge=0, description="Calls before the measured ones.")
+    min_seconds: Positive = Field(3.0, description="Shortest measured time per setting, seconds.")
+
+
+class Gate(Strict):
+    """A condition that the finished model has to meet; the run exits with 3 where it fails."""
+
+    metric: Literal["accuracy", "latency_p50", "params"] = Field(description="What is measured.")
+    max_drop: Fraction | None = Field(
+        None,
+        description="For accuracy: largest absolute loss against the better parent, 0 to 1.",
+    )
+    min_speedup: Positive | None = Field(
+        None, description="For latency_p50: smallest ratio of the parent's to the model's median."
+    )
+    max_ratio: Positive | None = Field(
+        None, description="For params: largest ratio of the model's to the parent's parameters."
+    )
+
+    @property
+    def limit(self) -> float:
+        """The one number that goes with the metric."""
+        value: float | None = getattr(self, GATE_LIMITS[self.metric])
+        assert value is not None
+        return value
+
+    @classmethod
+    def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
+        """Demand the limit that fits the metric, and no other."""
+        metric = raw.get("metric")
+        wanted = GATE_LIMITS.get(metric) if isinstance(metric, str) else None
+        if wanted is None:
+            return []
+        findings = [
+            Finding((key,), f"does not fit metric {metric!r}", meant=wanted)
+            for key in GATE_LIMITS.values()
+            if key != wanted and raw.get(key) is not None
+        ]
+        if raw.get(wanted) is None:
+            findings.append(Finding((wanted,), f"missing key: metric {metric!r} needs it"))
+        return findings
+
+
+class Runtime(Strict):
+    """The machine's part; changes speed and, with precision, the last digits."""
+
+    threads: Count | None = Field(None, description="CPU threads; null: the cores available.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Arithmetic of training; auto: bf16 where an accelerator has it."
+    )
+    seed: Seed = Field(0, description="Seed of everything without a seed of its own.")
+
+
+Parents = Annotated[
+    tuple[Parent, ...], Field(min_length=1, max_length=8), BeforeValidator(as_tuple)
+]
+
+
+class Recipe(Strict):
+    """One run of `slimfuse compress`: parents and data in, one narrower standard model out."""
+
+    version: Annotated[Literal[1], ExactInt] = Field(description="Version of this format.")
+    name: Slug = Field(description="Name of the run and of its folder.")
+    family: Literal["vit"] = Field(description="Model family of the parents and the target.")
+    task: Literal["image-classification"] = Field(description="What the models do.")
+    data: Data = Field(description="The data set.")
+    parents: Parents = Field(description="The trained models to fuse, 1 to 8, of any widths.")
+    target: Target = Field(description="The fused model's shape.")
+    fuse: Fuse = Field(Fuse(), description="How parents become one narrower model.")
+    finetune: Finetune = Field(Finetune(), description="Training of the fused model.")
+    baselines: Distinct[Literal["random", "truncate"]] = Field(
+        ("random",), description="Other starts, finetuned in the same way for comparison."
+    )
+    export: Export = Field(Export(), description="The ONNX files.")
+    bench: Bench = Field(Bench(), description="How latency is measured.")
+    gates: Listed[Gate] = Field((), description="Conditions that the finished model has to meet.")
+    runtime: Runtime = Field(Runtime(), description="Threads, precision and seed.")
+
+    def to_lock(self) -> dict[str, Any]:
+        """Return plain data under the YAML's key names, every default filled in."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @classmethod
+    def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
+        """Demand parents' names that are free and distinct, and teachers that exist."""
+        names = [_dig(parent, "name") for parent in _items(raw.get("parents"))]
+        findings = []
+        for i, name in enumerate(names):
+            loc: Loc = ("parents", i, "name")
+            if name in RESERVED_NAMES:
+                allowed = f"any but {', '.join(RESERVED_NAMES)}"
+                findings.append(Finding(loc, "is the name of a report row", allowed=allowed))
+            elif name is not None and name in names[:i]:
+                findings.append(
+                    Finding(loc, f"is the name of parents[{names.index(name)}] already")
+                )
+        known = list(dict.fromkeys(name for name in names if isinstance(name, str)))
+        if not known or not all(isinstance(name, str) for name in names):
+            return findings  # a teacher might mean the parent whose name is yet to be mended
+        for i, teacher in enumerate(_items(_dig(raw, "finetune", "distill", "teachers"))):
+            if isinstance(teacher, str) and teacher not in known:
+                loc = ("finetune", "distill", "teachers", i)
+                findings.append(
+                    Finding(loc, "no such parent", nearest(teacher, known), ", ".join(known))
+                )
+        return findings
+
+
+def _dig(value: Any, *keys: str) -> Any:
+    """Return what the keys lead to, or None where the way ends."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []

@@ -1,0 +1,38 @@
+"""What a run measured, and how it is shown: JSON, one HTML page, a table in the terminal."""
+
+from slimfuse.report.figures import accuracy_latency, draw
+from slimfuse.report.html import render_html
+from slimfuse.report.rows import (
+    STAGES,
+    Figure,
+    GateResult,
+    Latency,
+    Picture,
+    Report,
+    Row,
+    Speedup,
+    Stage,
+    from_json,
+    to_json,
+)
+from slimfuse.report.table import console_table
+from slimfuse.report.verdict import verdict
+
+__all__ = [
+    "STAGES",
+    "Figure",
+    "GateResult",
+    "Latency",
+    "Picture",
+    "Report",
+    "Row",
+    "Speedup",
+    "Stage",
+    "accuracy_latency",
+    "console_table",
+    "draw",
+    "from_json",
+    "render_html",
+    "to_json",
+    "verdict",
+]

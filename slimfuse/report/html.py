@@ -1,0 +1,174 @@
+"""The report as one HTML file that opens offline, without script, in light and dark."""
+
+from __future__ import annotations
+
+import base64
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from itertools import groupby
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from slimfuse.report import words
+from slimfuse.report._canvas import Theme
+from slimfuse.report.figures import accuracy_latency, draw, plottable
+from slimfuse.report.rows import Picture, Report, Speedup
+from slimfuse.report.verdict import headline, primary_metric, reference, verdict
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture in both themes, as data URIs, with its size in CSS pixels."""
+
+    title: str
+    caption: str
+    alt: str
+    light: str
+    dark: str
+    width: int
+    height: int
+
+
+def render_html(report: Report) -> str:
+    """Return the report as one self-contained page; every text of the user is escaped."""
+    plots = _plots(report)
+    return _template().render(
+        report=report,
+        words=words,
+        style=Markup(_text("style.css")),  # noqa: S704  # our own file, no user's text
+        clauses=verdict(report).split(" · "),
+        base=reference(report),
+        metrics=words.metric_order(report.rows),
+        conditions=report.conditions,
+        plot=plots[0] if plots else None,
+        more_plots=plots[1:],
+        unplotted=_unplotted(report),
+        speedups=_speedups(report),
+        groups=_groups(report.pictures),
+        tree=tree(report.settings),
+        passed=sum(gate.passed for gate in report.gates),
+        environment=sorted(report.environment.items()),
+        timings=sorted(report.timings.items(), key=lambda item: (-item[1], item[0])),
+        total=sum(report.timings.values()),
+    )
+
+
+def tree(value: Any, indent: int = 0) -> str:
+    """Return plain data as an indented tree that reads like YAML, keys in natural order."""
+    pad = "  " * indent
+    if isinstance(value, dict) and value:
+        keys = sorted(value, key=words.natural)
+        return "\n".join(f"{pad}{key}:{_under(value[key], indent)}" for key in keys)
+    if isinstance(value, list) and value:
+        # "- " is as wide as one indent, so an item's keys line up under its first
+        return "\n".join(f"{pad}- {tree(item, indent + 1).lstrip()}" for item in value)
+    return f"{pad}{_scalar(value)}"
+
+
+def _under(value: Any, indent: int) -> str:
+    if isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
+        return f" [{', '.join(_scalar(item) for item in value)}]"
+    if isinstance(value, dict | list) and value:
+        return "\n" + tree(value, indent + 1)
+    return f" {_scalar(value)}"
+
+
+def _scalar(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower() if value is not None else "null"
+    return {"": '""'}.get(str(value), str(value)) if value != {} else "{}"
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_text("template.html.j2"))
+
+
+def _text(name: str) -> str:
+    return resources.files("slimfuse.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _drawn(title: str, caption: str, alt: str, svgs: dict[Theme, str]) -> Drawn:
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svgs["light"])
+    assert box is not None
+    uris = {
+        theme: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+        for theme, svg in svgs.items()
+    }
+    width, height = (round(float(points) * 96 / 72) for points in box.groups())
+    return Drawn(title, caption, alt, uris["light"], uris["dark"], width, height)
+
+
+def _groups(pictures: tuple[Picture, ...]) -> list[tuple[str, list[Drawn]]]:
+    """Return the pictures by group, fusion first, else in the order they came."""
+    seen = list(dict.fromkeys(p.group for p in pictures))
+    ordered = sorted(pictures, key=lambda p: (p.group != "fusion", seen.index(p.group)))
+    return [
+        (
+            group,
+            [
+                _drawn(
+                    p.title,
+                    p.caption,
+                    p.alt or f"{p.kind}: {p.title}",
+                    {"light": draw(p, "light"), "dark": draw(p, "dark")},
+                )
+                for p in members
+            ],
+        )
+        for group, members in groupby(ordered, key=lambda p: p.group)
+    ]
+
+
+def _speedups(report: Report) -> dict[tuple[str, str], dict[tuple[int, int], Speedup]]:
+    """Return the speed-ups by (model, base), then by (threads, batch)."""
+    out: dict[tuple[str, str], dict[tuple[int, int], Speedup]] = {}
+    for s in report.speedups:
+        out.setdefault((s.other, s.base), {})[s.threads, s.batch] = s
+    return out
+
+
+def _plots(report: Report) -> list[Drawn]:
+    """Return the accuracy-against-latency plots, the headline's conditions first."""
+    metric, first = primary_metric(report), headline(report)
+    if metric is None:
+        return []
+    better = "Down" if words.lower_is_better(metric) else "Up"
+    out = []
+    for threads, batch in sorted(report.conditions, key=lambda c: c != first):
+        points = plottable(report.rows, threads, batch, metric)
+        if not points:
+            continue
+        where = words.condition(threads, batch)
+        seen = "; ".join(
+            f"{row.name} {words.measured(metric, shown)} at {words.number(x.p50_ms)} ms"
+            for row, shown, x in points
+        )
+        out.append(
+            _drawn(
+                f"{metric.capitalize()} against latency, {where}",
+                f"{better} and to the left is better. The upright bar is the 95 % interval of "
+                f"{metric}, the level one runs from the p50 to the p90 latency.",
+                f"Scatter plot of {metric} against p50 latency at {where}: {seen}.",
+                {
+                    theme: accuracy_latency(report.rows, threads, batch, metric=metric, theme=theme)
+                    for theme in ("light", "dark")
+                },
+            )
+        )
+    return out
+
+
+def _unplotted(report: Report) -> list[str]:
+    metric, at = primary_metric(report), headline(report)
+    if metric is None or at is None:
+        return []
+    shown = {row.name for row, _, _ in plottable(report.rows, *at, metric)}
+    return [row.name for row in report.rows if row.name not in shown]

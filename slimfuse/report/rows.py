@@ -1,0 +1,262 @@
+"""What one run measured, as frozen records with a stable JSON form (`report.json`)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from slimfuse.errors import SlimfuseError, UserError
+from slimfuse.report._wire import decode, not_finite, plain
+
+SCHEMA = "slimfuse.report/1"
+"""Raised by one whenever a key changes its meaning or goes away."""
+
+Stage = Literal["parent", "fused", "finetuned", "onnx", "onnx-int8", "baseline"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+PictureKind = Literal["heatmap", "lines", "bars"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure with its conditions.
+
+    value: in `unit`; a share such as accuracy is a fraction in 0..1 with unit "".
+    n: number of samples it was measured on.
+    low, high: ends of the 95 % interval, in `unit`.
+    """
+
+    value: float
+    unit: str = ""
+    n: int | None = None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Percentiles of `n` timed calls, in milliseconds per call of one batch."""
+
+    threads: int
+    batch: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    n: int
+    noisy: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the run. `flops` is per sample, `bytes` the weights' size on disk."""
+
+    name: str
+    stage: Stage
+    metrics: dict[str, Figure]
+    params: int
+    flops: int
+    bytes: int
+    latency: tuple[Latency, ...] = ()
+    parity_max_abs: float | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise SlimfuseError(
+                "a report row has an unknown stage",
+                where=self.name,
+                got=self.stage,
+                allowed=", ".join(STAGES),
+            )
+
+    def at(self, threads: int, batch: int) -> Latency | None:
+        """Return the latency under these conditions, None where it wasn't measured."""
+        return next((x for x in self.latency if (x.threads, x.batch) == (threads, batch)), None)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster the row named `other` is than `base`: time(base) / time(other)."""
+
+    base: str
+    other: str
+    threads: int
+    batch: int
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate of the recipe and what was measured for it, both ready to read."""
+
+    metric: str
+    rule: str
+    measured: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as data, drawn later by `figures.draw`.
+
+    caption: what to conclude from it. alt: what is to be seen, for who can't see it.
+    data: heatmap {"matrix" (rows, columns), "xlabel", "ylabel"};
+        lines {"series": {name: {"x", "y"}}, "xlabel", "ylabel"};
+        bars {"labels", "values", "ylabel"}. Arrays are turned into lists.
+    group: the heading it stands under.
+
+    Raises: SlimfuseError when a key is missing or lengths differ, all gaps at once.
+    """
+
+    title: str
+    caption: str
+    alt: str
+    kind: PictureKind
+    data: dict[str, Any]
+    group: str = "fusion"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", plain(self.data))
+        gaps = list(_picture_gaps(self.kind, self.data))
+        if gaps:
+            raise SlimfuseError(
+                "a picture's data don't fit its kind", where=self.title, got="; ".join(gaps)
+            )
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that one run measured. Row names are unique: speed-ups refer to rows by name.
+
+    settings: the recipe lock. timings: seconds per stage of the run.
+
+    Raises: SlimfuseError when two rows share a name or a speed-up names no row.
+    """
+
+    name: str
+    recipe_path: str
+    command: str
+    summary: str
+    rows: tuple[Row, ...]
+    speedups: tuple[Speedup, ...] = ()
+    gates: tuple[GateResult, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", plain(self.settings))
+        names = Counter(row.name for row in self.rows)
+        gaps = [f"{count} rows are named {name!r}" for name, count in names.items() if count > 1]
+        gaps += [
+            f"a speed-up names {name!r}, which is no row"
+            for s in self.speedups
+            for name in (s.base, s.other)
+            if name not in names
+        ]
+        if gaps:
+            raise SlimfuseError(
+                "a report's rows don't fit together",
+                where=self.name,
+                got="; ".join(gaps),
+                allowed=f"rows: {', '.join(names)}",
+            )
+
+    @property
+    def conditions(self) -> tuple[tuple[int, int], ...]:
+        """Every (threads, batch) a latency was measured under, ordered by batch, then threads."""
+        return _ordered({(x.threads, x.batch) for row in self.rows for x in row.latency})
+
+    @property
+    def speedup_conditions(self) -> tuple[tuple[int, int], ...]:
+        """Every (threads, batch) a speed-up was measured under, in the same order."""
+        return _ordered({(s.threads, s.batch) for s in self.speedups})
+
+
+def to_json(report: Report) -> str:
+    """Return `report.json`: sorted keys, every figure finite.
+
+    Raises: SlimfuseError naming each figure that is NaN or infinite.
+    """
+    data = plain(report)
+    wrong = list(not_finite(data, "report"))
+    if wrong:
+        raise SlimfuseError(
+            "the report holds figures that are not finite",
+            got="; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""),
+            hint="leave out what could not be measured, never write NaN",
+        )
+    return (
+        json.dumps(
+            {"schema": SCHEMA, **data},
+            indent=1,
+            sort_keys=True,
+            allow_nan=False,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
+
+
+def from_json(text: str) -> Report:
+    """Return the report that `to_json` wrote.
+
+    Raises: UserError when it is no report of this schema; every gap is named with its path.
+    """
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UserError("this is not JSON", where=where, got=error.msg) from error
+    schema = data.pop("schema", None) if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise UserError(
+            "this is not a slimfuse report of a schema this version reads",
+            got=schema,
+            allowed=SCHEMA,
+            hint="run `slimfuse report` of the version that wrote it, or repeat the run",
+        )
+    gaps: list[str] = []
+    report = decode(Report, data, "report", gaps)
+    if gaps:
+        raise UserError("the report is damaged", got="; ".join(gaps))
+    assert isinstance(report, Report)
+    return report
+
+
+def _ordered(conditions: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    return tuple(sorted(conditions, key=lambda c: (c[1], c[0])))
+
+
+def _refuse_constant(word: str) -> None:
+    raise UserError("a report holds only finite figures", got=word)
+
+
+def _picture_gaps(kind: str, data: dict[str, Any]) -> list[str]:
+    wanted = {
+        "heatmap": ("matrix", "xlabel", "ylabel"),
+        "lines": ("series", "xlabel", "ylabel"),
+        "bars": ("labels", "values", "ylabel"),
+    }.get(kind)
+    if wanted is None:
+        return [f"kind {kind!r}; known: heatmap, lines, bars"]
+    gaps = [f"{key!r} is missing or empty" for key in wanted if data.get(key) in (None, [], {})]
+    if gaps:
+        return gaps
+    if kind == "heatmap":
+        widths = {len(line) if isinstance(line, list) else 0 for line in data["matrix"]}
+        return ["'matrix' is not a 2-D list"] if len(widths) > 1 or 0 in widths else []
+    if kind == "bars":
+        n, m = len(data["labels"]), len(data["values"])
+        return [f"{n} labels, {m} values"] if n != m else []
+    for name, line in data["series"].items():
+        n, m = len(line.get("x", ())), len(line.get("y", ()))
+        if n != m or n == 0:
+            gaps.append(f"series {name!r}: {n} x, {m} y")
+    return gaps

@@ -1,0 +1,1 @@
+"""One file per task: its batches, its loss, its metrics."""

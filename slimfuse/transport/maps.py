@@ -1,0 +1,60 @@
+"""A transport plan with what it says about itself, and its two normalised sides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TransportMap:
+    """A coupling `plan` (n, m) of n source with m target units, row sums mu, column sums nu.
+
+    cost: the transport cost Σ plan·cost. marginal_error: the largest absolute error of a
+    marginal. converged: whether the solver reached its tolerance.
+    """
+
+    plan: Tensor
+    mu: Tensor
+    nu: Tensor
+    cost: float
+    marginal_error: float
+    converged: bool
+
+    @cached_property
+    def push(self) -> Tensor:
+        """plan / nu (n, m): columns sum to 1; writers move by its transpose (fusion.md §1)."""
+        return self.plan / self.nu[None, :]
+
+    @cached_property
+    def pull(self) -> Tensor:
+        """plan / mu (n, m): rows sum to 1; readers move by it (fusion.md §1)."""
+        return self.plan / self.mu[:, None]
+
+    @property
+    def effective_units(self) -> float:
+        """Return the mean perplexity of the columns: source units mixed into a target unit."""
+        entropy = -torch.special.xlogy(self.push, self.push).sum(0)
+        return float(entropy.exp().mean())
+
+    @property
+    def entropy(self) -> float:
+        """Return the plan's entropy relative to that of the independent coupling, in 0 … 1."""
+        own = float(-torch.special.xlogy(self.plan, self.plan).sum())
+        return own / max(math.log(self.plan.numel()), 1e-12)
+
+
+def from_plan(plan: Tensor, cost: float = 0.0, converged: bool = True) -> TransportMap:
+    """Return the map of a plan whose own sums are its marginals."""
+    return TransportMap(plan, plan.sum(1), plan.sum(0), cost, 0.0, converged)
+
+
+def from_assignment(target_of: Tensor, targets: int) -> TransportMap:
+    """Return the hard map that sends source i to target_of[i], every source with equal mass."""
+    plan = torch.zeros(len(target_of), targets, dtype=torch.float64)
+    plan[torch.arange(len(target_of)), target_of] = 1 / len(target_of)
+    return from_plan(plan)
