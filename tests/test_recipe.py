@@ -224,7 +224,7 @@ def test_the_recipe_imports_no_torch() -> None:
         ("target:", "bench: {batch: [1, 8, 1]}\ntarget:",
          "16: bench.batch: an item stands twice; allowed: each item once"),
         ("target:", "fuse:\ntarget:", "16: fuse: wrong type; got: null; "
-         "allowed: a mapping of batch_size, heads, method, ot, ridge, stream, units"),
+         "allowed: a mapping of batch_size, method, ot, ridge, stream, units"),
         ("name: try", "name: !!python/name:os.system x",
          "3: name: tag 'python/name:os.system' is not read"),
         ("name: try", 'name: "\\ud800"', "3: name: text with half a surrogate pair"),
@@ -265,7 +265,7 @@ def test_the_error_carries_the_first_problems_place(write: Any) -> None:
     with pytest.raises(InvalidRecipe) as caught:
         load_recipe(path, ["fuse.ridg=1"])
     assert caught.value.where == "--set fuse.ridg=1"
-    assert caught.value.allowed == "batch_size, heads, method, ot, ridge, stream, units"
+    assert caught.value.allowed == "batch_size, method, ot, ridge, stream, units"
     assert caught.value.exit_code == 2
     assert [problem.meant for problem in caught.value.problems] == ["ridge"]
 
@@ -274,7 +274,7 @@ def test_the_error_carries_the_first_problems_place(write: Any) -> None:
     ("override", "line"),
     [
         ("fuse.ridg=1", "fuse.ridg: unknown key; did you mean 'ridge'? "
-         "allowed: batch_size, heads, method, ot, ridge, stream, units"),
+         "allowed: batch_size, method, ot, ridge, stream, units"),
         ("fues.ridge=1", f"fues: unknown key; did you mean 'fuse'? allowed: {TOP_KEYS}"),
         ("parents.0.wait=1", "parents[0].wait: unknown key; did you mean 'weight'? "
          "allowed: from, name, revision, train, weight"),
@@ -402,7 +402,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
             dict.__or__, training, some(ema=FRACTIONS.filter(lambda x: 0 < x < 1) | st.none(),
                                         distill=some(teachers=teachers, hardness=FRACTIONS))
         ),
-        baselines=st.permutations(["random", "truncate"]), gates=gates,
+        baselines=st.permutations(["random", "subclone"]), gates=gates,
         export=some(opset=st.integers(18, 24), parity_atol=FLOATS),
         bench=some(threads=st.lists(COUNTS, min_size=1, unique=True)),
         runtime=some(threads=COUNTS | st.none(), precision=st.just("bf16")),

@@ -110,7 +110,7 @@ def load_hub(
     )
 
 
-class _quiet:  # noqa: N801 - a context manager, used as a word
+class _quiet:
     """Silence the library's own bars; ours tell what is going on."""
 
     def __enter__(self) -> None:

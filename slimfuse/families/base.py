@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,6 +82,11 @@ class Family(Protocol):
 
     def narrow(self, config: Any, shape: Shape) -> Any:
         """Return a copy of `config` with `shape`; raises ShapeError when it isn't legal."""
+
+    def new_config(
+        self, shape: Shape, *, patch_size: int, image_size: int, labels: Sequence[str]
+    ) -> Any:
+        """Return the config of a model that is to be trained from scratch."""
 
     def head_dims(self, config: Any) -> int:
         """Return the units of one head (query/key and value alike)."""

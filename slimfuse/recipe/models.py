@@ -40,7 +40,8 @@ class Target(Strict):
         description="Width of the residual stream: units, or ratio to the widest parent's."
     )
     num_attention_heads: Size | None = Field(
-        None, description="Heads per block: number or ratio; null: by hidden_size's ratio."
+        None,
+        description="Heads per block: number or ratio; null: as the parents, in smaller heads.",
     )
     intermediate_size: Size | None = Field(
         None, description="Width of each MLP: units or ratio; null: by hidden_size's ratio."
@@ -70,16 +71,13 @@ class Fuse(Strict):
     stream: Literal["pca", "select", "ot", "cluster"] = Field(
         "pca", description="How the residual stream is narrowed."
     )
-    units: Literal["cholesky", "magnitude", "ot"] = Field(
-        "cholesky", description="How the units of each MLP are chosen."
-    )
-    heads: Literal["contribution", "first"] = Field(
-        "contribution", description="How attention heads are chosen."
+    units: Literal["cholesky", "magnitude"] = Field(
+        "cholesky", description="How heads and MLP units are chosen: by what they explain or norm."
     )
     ridge: NonNegative = Field(
         1e-3, description="Damping of the least squares, relative to the mean diagonal."
     )
-    ot: Ot = Field(Ot(), description="Optimal transport, where stream or units ask for it.")
+    ot: Ot = Field(Ot(), description="Optimal transport, where stream asks for it.")
     batch_size: Count = Field(128, description="Calibration samples per forward pass.")
 
 
@@ -187,7 +185,7 @@ class Runtime(Strict):
 
     threads: Count | None = Field(None, description="CPU threads; null: the cores available.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Arithmetic of training; auto: bf16 where an accelerator has it."
+        "auto", description="Arithmetic of training; auto: bf16 where the processor computes it."
     )
     seed: Seed = Field(0, description="Seed of everything without a seed of its own.")
 
@@ -209,7 +207,7 @@ class Recipe(Strict):
     target: Target = Field(description="The fused model's shape.")
     fuse: Fuse = Field(Fuse(), description="How parents become one narrower model.")
     finetune: Finetune = Field(Finetune(), description="Training of the fused model.")
-    baselines: Distinct[Literal["random", "truncate"]] = Field(
+    baselines: Distinct[Literal["random", "subclone"]] = Field(
         ("random",), description="Other starts, finetuned in the same way for comparison."
     )
     export: Export = Field(Export(), description="The ONNX files.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slimfuse.data import Split
+from slimfuse.errors import ParentError
 from slimfuse.progress import track
 
 CACHE_BYTES = 2 << 30
@@ -39,6 +41,21 @@ def make_processor(image_size: int, mean: Sequence[float], std: Sequence[float])
         image_mean=list(mean),
         image_std=list(std),
     )
+
+
+def load_processor(folder: Path) -> Any:
+    """Return the saved image processor of a model folder; raises ParentError."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ParentError(
+            "the image processor can't be opened",
+            where=str(folder),
+            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
+            hint="save it beside the model with processor.save_pretrained",
+        ) from error
 
 
 class Pixels:

@@ -27,12 +27,12 @@ class TransportMap:
 
     @cached_property
     def push(self) -> Tensor:
-        """plan / nu (n, m): columns sum to 1; writers move by its transpose (fusion.md §1)."""
+        """Plan / nu (n, m): columns sum to 1; writers move by its transpose (fusion.md §1)."""
         return self.plan / self.nu[None, :]
 
     @cached_property
     def pull(self) -> Tensor:
-        """plan / mu (n, m): rows sum to 1; readers move by it (fusion.md §1)."""
+        """Plan / mu (n, m): rows sum to 1; readers move by it (fusion.md §1)."""
         return self.plan / self.mu[:, None]
 
     @property

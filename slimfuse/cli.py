@@ -1,0 +1,205 @@
+"""The command line: typer commands that call the library, nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimfuse.errors import SlimfuseError
+from slimfuse.progress import console
+
+app = typer.Typer(
+    name="slimfuse",
+    help="Fuse trained transformers into one narrower standard model, measured and deployable.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+recipes = typer.Typer(help="Look at recipes and check them.", no_args_is_help=True)
+app.add_typer(recipes, name="recipe")
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one key: a.b=value. May be repeated.", metavar="KEY=VALUE"),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The run folder (default runs/NAME).")]
+
+
+@app.callback()
+def options(
+    _debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks of internal faults.")
+    ] = False,
+) -> None:
+    """Options that hold for every command."""
+
+
+@app.command()
+def compress(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
+    """Run a recipe: parents in, one narrower model with its report out."""
+    from rich.console import Console
+
+    from slimfuse.pipeline import compress as run_recipe
+    from slimfuse.report import console_table
+
+    run = run_recipe(recipe, overrides=tuple(overrides or ()), out=out)
+    stdout = Console()
+    stdout.print(console_table(run.report, width=stdout.width))
+    for gate in run.report.gates:
+        mark = "[green]held[/]" if gate.passed else "[red]FAILED[/]"
+        stdout.print(f"gate {gate.metric}: {gate.rule}: {gate.measured}, {mark}")
+    for warning in run.report.warnings:
+        stdout.print(f"[yellow]note:[/] {warning}")
+    stdout.print(f"model:  {run.model}\nreport: {run.folder / 'report.html'}", soft_wrap=True)
+    if not run.passed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Say what a recipe would make and need, before any work."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from slimfuse.pipeline import plan as make_plan
+    from slimfuse.report import words
+
+    made = make_plan(recipe, overrides=tuple(overrides or ()))
+    table = Table(title=f"Plan of {recipe.name}")
+    for column in ("model", "shape", "params", "FLOPs a sample", "float32 size", "training steps"):
+        table.add_column(column, justify="left" if column in ("model", "shape") else "right")
+    for model in made.models:
+        table.add_row(
+            model.name, model.shape, words.count(model.params), words.count(model.flops),
+            words.size(model.bytes), str(model.steps) if model.steps else "–",
+        )  # fmt: skip
+    stdout = Console()
+    stdout.print(table)
+    stdout.print(
+        f"peak memory, estimated: {words.size(made.memory)}   "
+        f"disk, estimated: {words.size(made.disk)}"
+    )
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A finished model folder.", show_default=False)],
+) -> None:
+    """Prove that a model folder opens in stock classes, in a process without slimfuse."""
+    from slimfuse.verify import verify as prove
+
+    found = prove(folder)
+    console.print(
+        f"{folder}: {found.model_class}, {found.parameters:,} parameters, with "
+        f"{found.processor_class}; same logits as in its run (within {found.gap:.1e} of their size)"
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and what will be slow or missing."""
+    from slimfuse.doctor import examine
+
+    ok = True
+    for check in examine():
+        ok = ok and check.passed
+        mark = "[green]ok[/]  " if check.passed else "[red]bad[/] "
+        console.print(f"{mark} {check.name}: {check.detail}")
+    if not ok:
+        raise typer.Exit(3)
+
+
+@recipes.command("check")
+def recipe_check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe's keys and values; no data or model is opened."""
+    from slimfuse.recipe import load_recipe
+
+    loaded = load_recipe(recipe, tuple(overrides or ()))
+    console.print(f"{recipe}: recipe {loaded.name!r} is valid")
+
+
+@recipes.command("list")
+def recipe_list(
+    folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("recipes"),
+) -> None:
+    """List the recipes below a folder."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from slimfuse.errors import RecipeError
+    from slimfuse.recipe import find_recipes
+
+    if not folder.is_dir():
+        raise RecipeError("there is no such folder", where=str(folder), hint="name a folder")
+    table = Table("recipe", "family", "task", "what it does")
+    for info in find_recipes(folder):
+        about = info.summary if info.error is None else f"[red]{info.error.what}[/]"
+        table.add_row(str(info.path), info.family, info.task, about)
+    Console().print(table)
+
+
+@recipes.command("show")
+def recipe_show(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Print a recipe with every default filled in."""
+    from ruamel.yaml import YAML
+
+    from slimfuse.recipe import load_recipe
+
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(load_recipe(recipe, tuple(overrides or ())).to_lock(), sys.stdout)
+
+
+@recipes.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    import json
+
+    from slimfuse.recipe import recipe_schema as schema
+
+    sys.stdout.write(json.dumps(schema(), indent=2) + "\n")
+
+
+def main() -> None:
+    """Run the command line; every error ends in one message and an exit code.
+
+    0 done, 1 internal fault, 2 bad input, 3 a check or gate failed, 130 interrupted.
+    """
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="slimfuse", standalone_mode=True)
+    except SlimfuseError as error:
+        if debug:
+            raise
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        console.print("interrupted: run the same command again to go on from here")
+        code = 130
+    except Exception as error:
+        if debug:
+            raise
+        console.print(
+            f"[bold red]internal fault:[/] {_escape(f'{type(error).__name__}: {error}')}\n"
+            "  next:    run the same command with --debug and report what it prints",
+            soft_wrap=True,
+        )
+        code = 1
+    sys.exit(code)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""The pipeline: the only room that reads recipes."""
+
+from slimfuse.pipeline.compress import Run, compress, plan
+
+__all__ = ["Run", "compress", "plan"]

@@ -1,0 +1,233 @@
+"""`compress`: the story of a run, in order."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ruamel.yaml import YAML
+
+from slimfuse import __version__
+from slimfuse.finetune.loop import steps_of
+from slimfuse.pipeline.job import Job, prepare
+from slimfuse.pipeline.package import build_package, model_card
+from slimfuse.pipeline.plan import Plan, check_disk, make_plan
+from slimfuse.pipeline.results import Measurements, make_report
+from slimfuse.pipeline.stages import Stages
+from slimfuse.progress import console
+from slimfuse.recipe import load_recipe
+from slimfuse.report import Report, render_html, to_json
+from slimfuse.store import Store, write_text
+from slimfuse.tasks.image_classification import Measured
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, the deployable model in it, and the report."""
+
+    folder: Path
+    model: Path
+    report: Report
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate of the recipe holds."""
+        return all(gate.passed for gate in self.report.gates)
+
+
+def plan(recipe: str | Path, *, overrides: tuple[str, ...] = ()) -> Plan:
+    """Return what `compress` would make of a recipe, and what it needs, before any work."""
+    quiet()
+    path = Path(recipe)
+    return make_plan(prepare(load_recipe(path, overrides), path))
+
+
+def compress(
+    recipe: str | Path,
+    *,
+    overrides: tuple[str, ...] = (),
+    out: str | Path | None = None,
+) -> Run:
+    """Run a recipe and return the finished run.
+
+    recipe: a YAML file. overrides: `a.b=value` changes to it. out: the run folder (default
+    `runs/NAME`). A killed run goes on where it stood when it is called again. Raises
+    `slimfuse.errors.UserError` for bad input and `CheckFailed` for a check that doesn't hold.
+    """
+    quiet()
+    path = Path(recipe)
+    loaded = load_recipe(path, overrides)
+    job = prepare(loaded, path)
+    store = Store(Path(out) if out is not None else Path("runs") / loaded.name)
+    planned = make_plan(job)
+    check_disk(planned, store)
+    torch.set_num_threads(job.threads)
+    with store.lock():
+        write_lock(job, store)
+        return _run(job, store, planned, _command(path, overrides, out))
+
+
+def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
+    stages = Stages(job, store)
+    say = _teller()
+    measured: dict[str, Measured] = {}
+
+    parents = {}
+    for parent in job.parents:
+        parents[parent.name] = stages.parent(parent)
+        measured[parent.name] = stages.accuracy(stages.outputs(parent).test)
+        say(f"parent {parent.name}", measured[parent.name])
+
+    fused = stages.start("fused")
+    measured["fused"] = stages.accuracy(stages.scores(fused))
+    say("fused, before any training", measured["fused"])
+
+    finetuned = stages.finetune("fused")
+    measured["finetuned"] = stages.accuracy(stages.scores(finetuned))
+    say("finetuned", measured["finetuned"])
+    baselines = {}
+    for kind in job.recipe.baselines:
+        name = BASELINES[kind]
+        baselines[name] = stages.finetune(name)
+        measured[name] = stages.accuracy(stages.scores(baselines[name]))
+        say(f"baseline {name}", measured[name])
+
+    exported, parity = stages.onnx("child", finetuned.path, finetuned.key)
+    measured["onnx"] = stages.accuracy(stages.onnx_scores(exported, "model.onnx", finetuned.path))
+    int8 = None
+    if job.recipe.export.quantize.mode != "none":
+        int8 = stages.quantised(exported)
+        measured["onnx-int8"] = stages.accuracy(
+            stages.onnx_scores(int8, "model_quantized.onnx", finetuned.path)
+        )
+        say("ONNX INT8", measured["onnx-int8"])
+    drop = measured["onnx"].value - measured["onnx-int8"].value if int8 is not None else 0.0
+    quantize = job.recipe.export.quantize
+    shipped = int8 if quantize.mode == "dynamic" or drop <= quantize.max_drop else None
+
+    files = {"model.safetensors": "finetuned", "onnx/model.onnx": "onnx"}
+    if shipped is not None:
+        files["onnx/model_quantized.onnx"] = "onnx-int8"
+    steps = steps_of(
+        len(job.data.train), job.recipe.finetune.epochs, job.recipe.finetune.batch_size
+    )
+    card = model_card(
+        job, steps, measured, {file: measured[row] for file, row in files.items()}, __version__
+    )
+    package = store.stage(
+        "package",
+        {"finetuned": finetuned.key, "onnx": exported.key, "card": card,
+         "int8": shipped.key if shipped is not None else None},
+        lambda folder: build_package(folder, job, finetuned, exported, shipped, card),
+    )  # fmt: skip
+
+    models: dict[str, tuple[Path, str]] = {}
+    parent_parity = {}
+    for name, (folder, key) in parents.items():
+        parent_onnx, parent_parity[name] = stages.onnx(name, folder, key)
+        models[name] = (parent_onnx.path / "model.onnx", parent_onnx.key)
+    models["onnx"] = (exported.path / "model.onnx", exported.key)
+    if int8 is not None:
+        models["onnx-int8"] = (int8.path / "model_quantized.onnx", int8.key)
+    latency = stages.latency(models)
+
+    report = make_report(
+        Measurements(
+            job=job, plan=planned, command=command, measured=measured, parents=parents,
+            parity={**parent_parity, "onnx": parity}, fused=fused, finetuned=finetuned,
+            baselines=baselines, exported=exported, int8=int8, int8_dropped=int8 is not shipped,
+            latency=latency, lock=lock_of(job),
+            scores={name: stages.outputs(p).test for name, p in _named(job).items()}
+            | {"finetuned": stages.scores(finetuned)},
+        )
+    )  # fmt: skip
+    model = store.publish(package.path, "model")
+    write_text(store.root / "report.json", to_json(report))
+    write_text(store.root / "report.html", render_html(report))
+    store.log("run", "done", gates=all(g.passed for g in report.gates))
+    return Run(store.root, model, report)
+
+
+BASELINES = {"random": "random-start", "subclone": "subclone"}
+
+
+def write_lock(job: Job, store: Store) -> None:
+    """Write recipe.lock.yaml; results of another recipe are withdrawn first."""
+    import io
+
+    text = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(lock_of(job), text)
+    path = store.root / "recipe.lock.yaml"
+    if path.is_file() and path.read_text(encoding="utf-8") != text.getvalue():
+        store.withdraw("report.json", "report.html", "model")
+    write_text(path, text.getvalue())
+
+
+def lock_of(job: Job) -> dict[str, Any]:
+    """Return everything a run depends on: the full recipe, versions, digests of the inputs."""
+    import onnxruntime
+    import transformers
+
+    return {
+        "slimfuse": __version__,
+        "recipe": job.recipe.to_lock(),
+        "resolved": {
+            "threads": job.threads,
+            "precision": job.precision,
+            "target": {k: getattr(job.family.shape(job.target), k) for k in _shape_keys(job)},
+        },
+        "versions": {
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+        "sha256": {
+            "data": job.data.fingerprint,
+            "parents": {p.name: p.digest for p in job.parents if p.digest is not None},
+        },
+    }
+
+
+def _shape_keys(job: Job) -> list[str]:
+    return list(job.family.shape(job.target).__dataclass_fields__)
+
+
+def _named(job: Job) -> dict[str, Any]:
+    return {p.name: p for p in job.parents}
+
+
+def _teller() -> Callable[[str, Measured], None]:
+    def say(what: str, measured: Measured) -> None:
+        half = (measured.high - measured.low) / 2
+        console.print(f"  {what}: {measured.value:.2%} ± {half:.2%}")
+
+    return say
+
+
+def _command(path: Path, overrides: tuple[str, ...], out: str | Path | None) -> str:
+    import shlex
+
+    words = ["slimfuse", "compress", str(path)]
+    words += [w for o in overrides for w in ("--set", o)]
+    words += ["--out", str(out)] if out is not None else []
+    return shlex.join(words)
+
+
+def quiet() -> None:
+    """Keep transformers' own bars and notices off the screen."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
+__all__ = ["Run", "compress", "lock_of", "plan", "quiet", "write_lock"]

@@ -1,0 +1,287 @@
+"""From a recipe to checked inputs: everything that can be known to fail fails here, first."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimfuse.data import ImageData, load_digits, load_fashion_mnist, load_hub
+from slimfuse.errors import DataError, ParentError, ShapeError
+from slimfuse.families import FAMILIES, Family, Shape
+from slimfuse.finetune.loop import Precision, best_precision
+from slimfuse.recipe import Data, Parent, Recipe, Target, Train
+from slimfuse.store import file_digest
+
+PROCESSOR_KEYS = (
+    "size", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+    "image_std", "do_convert_rgb",
+)  # fmt: skip
+DEFAULT_IMAGE_SIZE = 224
+
+
+@dataclass(frozen=True)
+class ParentJob:
+    """A parent that exists (`folder`, `digest` of its weights) or is to be trained (`train`)."""
+
+    name: str
+    weight: float
+    config: Any
+    folder: Path | None
+    digest: str | None
+    train: Train | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe whose inputs were opened and fit each other."""
+
+    recipe: Recipe
+    path: Path
+    family: Family
+    data: ImageData
+    processor: Any
+    parents: tuple[ParentJob, ...]
+    target: Any
+    threads: int
+    precision: Precision
+
+    @property
+    def teachers(self) -> tuple[ParentJob, ...]:
+        """The parents that teach during finetuning."""
+        names = self.recipe.finetune.distill.teachers
+        return tuple(p for p in self.parents if names is None or p.name in names)
+
+
+def prepare(recipe: Recipe, path: Path) -> Job:
+    """Open data and parents and check that they fit each other and the target.
+
+    path: the recipe's file; relative paths in it are looked up beside it, then in the current
+    folder. Raises ParentError, DataError or ShapeError; nothing has been written by then.
+    """
+    family = FAMILIES[recipe.family]
+    folders = {p.name: find_parent(p, path.parent) for p in recipe.parents if p.from_ is not None}
+    configs = {name: family.load_config(str(folder)) for name, folder in folders.items()}
+    size = _image_size(recipe.data, configs)
+    data = load_data(recipe.data, path.parent, size or DEFAULT_IMAGE_SIZE)
+    size = size or data.image_size
+    for parent in recipe.parents:
+        if parent.train is not None:
+            configs[parent.name] = trained_config(family, parent.train, data, size, parent.name)
+    configs = {p.name: configs[p.name] for p in recipe.parents}
+    mismatched = family.mismatches(configs)
+    if mismatched:
+        raise ParentError(
+            "the parents don't fit each other", where="parents", got="; ".join(mismatched)
+        )
+    _check_labels(configs, data)
+    target = family.narrow(
+        next(iter(configs.values())), target_shape(recipe.target, configs, family)
+    )
+    processor = _processor(folders, data, size)
+    for folder in folders.values():
+        family.load(folder)  # strict, and sees a file that was cut off
+    parents = tuple(
+        ParentJob(
+            p.name,
+            p.weight,
+            configs[p.name],
+            folders.get(p.name),
+            file_digest(folders[p.name] / "model.safetensors") if p.name in folders else None,
+            p.train,
+        )
+        for p in recipe.parents
+    )
+    runtime = recipe.runtime
+    precision = best_precision() if runtime.precision == "auto" else runtime.precision
+    return Job(
+        recipe, path, family, data, processor, parents, target,
+        runtime.threads or cores(), precision,
+    )  # fmt: skip
+
+
+def cores() -> int:
+    """Return the processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_parent(parent: Parent, beside: Path) -> Path:
+    """Return the local folder of a parent, fetching a hub id once; raises ParentError."""
+    assert parent.from_ is not None
+    tried = [beside / parent.from_, Path(parent.from_)]
+    for folder in tried:
+        if folder.is_dir():
+            _need_files(parent.name, folder)
+            return folder.resolve()
+    looks_local = parent.from_.startswith((".", "/", "~")) or parent.from_.count("/") != 1
+    hint = "give a folder with config.json, model.safetensors and preprocessor_config.json"
+    if looks_local:
+        raise ParentError(
+            f"parent {parent.name!r} does not exist",
+            where=f"parents.{parent.name}.from",
+            got=parent.from_,
+            hint=hint,
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        fetched = snapshot_download(
+            parent.from_, revision=parent.revision, allow_patterns=["*.json", "*.safetensors"]
+        )
+    except Exception as error:
+        raise ParentError(
+            f"parent {parent.name!r} is neither a folder here nor to be had from the hub",
+            where=f"parents.{parent.name}.from",
+            got=f"{parent.from_} ({type(error).__name__})",
+            hint=f"{hint}, or a hub id while online",
+        ) from error
+    _need_files(parent.name, Path(fetched))
+    return Path(fetched)
+
+
+def _need_files(name: str, folder: Path) -> None:
+    needed = ("config.json", "model.safetensors", "preprocessor_config.json")
+    missing = [f for f in needed if not (folder / f).is_file()]
+    if missing:
+        pickled = (
+            "pytorch_model.bin is not read: " if (folder / "pytorch_model.bin").is_file() else ""
+        )
+        raise ParentError(
+            f"parent {name!r} lacks {', '.join(missing)}",
+            where=str(folder),
+            hint=f"{pickled}save the model and its image processor with save_pretrained",
+        )
+
+
+def load_data(spec: Data, beside: Path, image_size: int) -> ImageData:
+    """Return the data set of a recipe, cut to its limits."""
+    path = spec.path
+    if path is not None and (beside / path).exists():
+        path = str(beside / path)
+    if spec.source == "digits":
+        data = load_digits()
+    elif spec.source == "fashion-mnist":
+        data = load_fashion_mnist(path)
+    else:
+        assert path is not None
+        data = load_hub(
+            path,
+            config=spec.config,
+            folder=spec.source == "imagefolder",
+            train_split=spec.train_split,
+            test_split=spec.test_split,
+            image_column=spec.image_column,
+            label_column=spec.label_column,
+            image_size=image_size,
+        )
+    limited = copy.replace if hasattr(copy, "replace") else _replace
+    return limited(  # type: ignore[no-any-return]
+        data, train=data.train.head(spec.limit.train), test=data.test.head(spec.limit.test)
+    )
+
+
+def _replace(data: ImageData, **changes: Any) -> ImageData:
+    from dataclasses import replace
+
+    return replace(data, **changes)
+
+
+def trained_config(family: Family, train: Train, data: ImageData, size: int, name: str) -> Any:
+    """Return the config of a parent that the run trains; raises ShapeError for a bad patch."""
+    shape = train.config
+    if size % shape.patch_size:
+        raise ShapeError(
+            "patch_size must divide the image size",
+            where=f"parents.{name}.train.config.patch_size",
+            got=f"{shape.patch_size} for images of {size} pixels",
+            allowed=", ".join(str(d) for d in range(1, size + 1) if size % d == 0),
+        )
+    return family.new_config(
+        Shape(
+            shape.hidden_size, shape.num_attention_heads, shape.intermediate_size,
+            shape.num_hidden_layers,
+        ),
+        patch_size=shape.patch_size, image_size=size, labels=data.classes,
+    )  # fmt: skip
+
+
+def target_shape(target: Target, configs: Mapping[str, Any], family: Family) -> Shape:
+    """Return the target's sizes; ratios are taken of the widest parent's."""
+    shapes = [family.shape(c) for c in configs.values()]
+
+    def resolve(value: int | float | None, key: str, default: int | float) -> int:
+        chosen = default if value is None else value
+        widest = max(getattr(s, key) for s in shapes)
+        return max(1, round(chosen * widest)) if isinstance(chosen, float) else chosen
+
+    width = resolve(target.hidden_size, "hidden_size", 1.0)
+    ratio = width / max(s.hidden_size for s in shapes)
+    return Shape(
+        width,
+        resolve(target.num_attention_heads, "num_attention_heads", 1.0),
+        resolve(target.intermediate_size, "intermediate_size", ratio),
+        resolve(target.num_hidden_layers, "num_hidden_layers", 1.0),
+    )
+
+
+def _image_size(spec: Data, configs: Mapping[str, Any]) -> int | None:
+    """Return the input side that the recipe or the existing parents ask for."""
+    sizes = {name: config.image_size for name, config in configs.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise ParentError(
+            "the parents have different image sizes",
+            where="parents",
+            got=listed,
+            hint="fuse models that were trained on inputs of one size",
+        )
+    wanted = next(iter(sizes.values()), None)
+    if spec.image_size is not None and wanted is not None and spec.image_size != wanted:
+        raise ParentError(
+            "the recipe's image size is not the parents'",
+            where="data.image_size",
+            got=spec.image_size,
+            allowed=wanted,
+        )
+    return spec.image_size or wanted
+
+
+def _check_labels(configs: Mapping[str, Any], data: ImageData) -> None:
+    for name, config in configs.items():
+        labels = [str(v) for _, v in sorted(config.id2label.items(), key=lambda kv: int(kv[0]))]
+        generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
+        if len(labels) != len(data.classes) or not (generic or tuple(labels) == data.classes):
+            raise DataError(
+                "the parents' labels are not the data set's",
+                where=f"parents.{name}",
+                got=f"{len(labels)}: {', '.join(labels[:6])}{', …' if len(labels) > 6 else ''}",
+                allowed=f"{len(data.classes)}: {', '.join(data.classes[:6])}"
+                f"{', …' if len(data.classes) > 6 else ''}",
+                hint="use the data set the parents were fine-tuned on, with its label order",
+            )
+
+
+def _processor(folders: Mapping[str, Path], data: ImageData, size: int) -> Any:
+    from slimfuse.tasks.image_classification import load_processor, make_processor
+
+    found = {name: load_processor(folder) for name, folder in folders.items()}
+    if not found:
+        return make_processor(size, data.mean, data.std)
+    (first, base), *others = found.items()
+    for name, processor in others:
+        differing = [
+            f"{key}: {first} has {getattr(base, key, None)}, {name} has {getattr(processor, key, None)}"
+            for key in PROCESSOR_KEYS
+            if getattr(base, key, None) != getattr(processor, key, None)
+        ]
+        if differing:
+            raise ParentError(
+                "the parents prepare images differently",
+                where="preprocessor_config.json",
+                got="; ".join(differing),
+                hint="fine-tune one of them on the other's preprocessing",
+            )
+    return base

@@ -1,0 +1,101 @@
+"""The deployable folder: one layout that transformers, ORTModel and transformers.js open."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from jinja2 import Environment
+
+from slimfuse.errors import CheckFailed
+from slimfuse.pipeline.job import Job
+from slimfuse.store import Stage
+from slimfuse.tasks.image_classification import Measured
+from slimfuse.verify import verify
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-classification
+tags: [slimfuse, model-fusion, onnx]
+metrics: [accuracy]
+---
+# {{ name }}
+
+One {{ model_class }} of {{ shape }}, fused by slimfuse {{ version }} from
+{% for p in parents %}- **{{ p.name }}**: {{ p.shape }}, accuracy {{ p.accuracy }}
+{% endfor %}
+on `{{ data }}`, then finetuned for {{ steps }} steps with the parents as teachers.
+
+| file | accuracy ({{ n }} test images, 95 % interval) |
+| --- | --- |
+{% for row in files %}| `{{ row.file }}` | {{ row.accuracy }} |
+{% endfor %}
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained("path/to/this/folder")
+processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
+```
+
+Latency depends on the machine: measure it there with `slimfuse-export bench path/to/this/folder`.
+The folder is checked with `slimfuse verify` and `slimfuse-export check`.
+"""
+
+
+def build_package(
+    folder: Path,
+    job: Job,
+    finetuned: Stage,
+    exported: Stage,
+    int8: Stage | None,
+    card: str,
+) -> None:
+    """Put the finished model's files into `folder` and prove that it opens elsewhere.
+
+    Raises CheckFailed when the exporter's own check or the clean process disagrees.
+    """
+    from slimfuse_export import check_folder
+
+    onnx = folder / "onnx"
+    onnx.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        shutil.copyfile(finetuned.path / name, folder / name)
+    for name in ("model.onnx", "samples.npz"):
+        shutil.copyfile(exported.path / name, onnx / name)
+    if int8 is not None:
+        shutil.copyfile(int8.path / "model_quantized.onnx", onnx / "model_quantized.onnx")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    failed = [r for r in check_folder(folder, atol=job.recipe.export.parity_atol) if not r.passed]
+    if failed:
+        raise CheckFailed(
+            "the finished folder fails its check",
+            got="; ".join(f"{r.name}: {r.detail}" for r in failed),
+        )
+    verify(folder, threads=job.threads)
+
+
+def model_card(
+    job: Job, steps: int, parents: dict[str, Measured], files: dict[str, Measured], version: str
+) -> str:
+    """Return README.md; it holds nothing that differs from run to run."""
+    family = job.family
+    template = Environment(autoescape=False, trim_blocks=True).from_string(CARD)  # noqa: S701 - Markdown
+    return template.render(
+        name=job.recipe.name,
+        model_class=(job.target.architectures or ["ViTForImageClassification"])[0],
+        shape=family.shape(job.target),
+        version=version,
+        parents=[
+            {"name": p.name, "shape": family.shape(p.config), "accuracy": percent(parents[p.name])}
+            for p in job.parents
+        ],
+        data=job.data.name,
+        steps=steps,
+        n=len(job.data.test),
+        files=[{"file": file, "accuracy": percent(m)} for file, m in files.items()],
+    )
+
+
+def percent(measured: Measured) -> str:
+    """Return an accuracy with its interval."""
+    return f"{measured.value:.2%} ({measured.low:.2%} – {measured.high:.2%})"

@@ -1,0 +1,98 @@
+"""What a run will make and need, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from slimfuse.errors import StorageError
+from slimfuse.finetune.loop import steps_of
+from slimfuse.pipeline.job import Job
+from slimfuse.store import Store, free_bytes
+from slimfuse.tasks.image_classification import CACHE_BYTES
+
+RUNTIME_BYTES = 600 << 20  # torch, transformers and onnxruntime themselves, measured at start
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One model of a plan. params: a count; flops: per sample; bytes: float32 weights."""
+
+    name: str
+    shape: str
+    params: int
+    flops: int
+    bytes: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Models, and estimates of the peak memory and the disk space in bytes."""
+
+    models: tuple[Planned, ...]
+    memory: int
+    disk: int
+
+
+def make_plan(job: Job) -> Plan:
+    """Return the plan of a job; counts are exact, memory and disk are estimates."""
+    family, recipe = job.family, job.recipe
+    models = []
+    for parent in job.parents:
+        steps = 0
+        if parent.train is not None:
+            shards = int(parent.train.shard.split("/")[1])
+            steps = steps_of(
+                len(job.data.train) // shards, parent.train.epochs, parent.train.batch_size
+            )
+        models.append(_planned(job, parent.name, parent.config, steps))
+    steps = steps_of(len(job.data.train), recipe.finetune.epochs, recipe.finetune.batch_size)
+    child = _planned(job, "child", job.target, steps)
+    largest = max(m.bytes for m in models)
+    side = job.processor.size
+    pixels = 12 * int(side["height"]) * int(side["width"])
+    cached = sum(min(len(split) * pixels, CACHE_BYTES) for split in (job.data.train, job.data.test))
+    samples = min(recipe.data.calibration.samples, len(job.data.train))
+    widths = [family.shape(p.config).hidden_size for p in job.parents]
+    streams = 4 * samples * _tokens(job) * 2 * sum(widths)
+    streams += 4 * samples * _tokens(job) * 2 * family.shape(job.target).hidden_size
+    units = sum(family.shape(p.config).intermediate_size for p in job.parents)
+    moments = 8 * 4 * units**2
+    rows = 8 * recipe.fuse.batch_size * _tokens(job) * 3 * units
+    fusing = sum(m.bytes for m in models) + child.bytes + streams + moments + rows
+    activations = 4 * 128 * _tokens(job) * 24 * max(widths) * child_depth(job)
+    training = 4 * largest + activations
+    memory = RUNTIME_BYTES + cached + max(fusing, training)
+    disk = 3 * sum(m.bytes for m in models) + 12 * child.bytes + (8 << 20)
+    return Plan((*models, child), memory, disk)
+
+
+def check_disk(plan: Plan, store: Store) -> None:
+    """Raise StorageError when the disk can't hold what the run will write."""
+    free = free_bytes(store.root)
+    if free < plan.disk:
+        raise StorageError(
+            "the disk is too full for this run",
+            where=str(store.root),
+            got=f"{free / 2**20:.0f} MiB free",
+            allowed=f"about {plan.disk / 2**20:.0f} MiB",
+            hint="free some space, or choose another folder with --out",
+        )
+
+
+def child_depth(job: Job) -> int:
+    """Return the number of layers."""
+    return job.family.shape(job.target).num_hidden_layers
+
+
+def _planned(job: Job, name: str, config: object, steps: int) -> Planned:
+    with torch.device("meta"):
+        params = sum(p.numel() for p in job.family.build(config).parameters())
+    shape = str(job.family.shape(config))
+    return Planned(name, shape, params, job.family.flops(config), 4 * params, steps)
+
+
+def _tokens(job: Job) -> int:
+    return int((job.target.image_size // job.target.patch_size) ** 2) + 1

@@ -1,0 +1,92 @@
+"""Prove that a finished folder opens in stock classes, in a process without slimfuse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimfuse.errors import CheckFailed, UserError
+
+TOLERANCE = 1e-5
+
+SCRIPT = """
+import json, sys
+sys.modules["slimfuse"] = None          # importing it anywhere below is an error
+sys.modules["slimfuse_export"] = None
+import logging
+logging.disable(logging.WARNING)
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+folder, threads = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(threads)
+model, info = AutoModelForImageClassification.from_pretrained(
+    folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False)
+processor = AutoImageProcessor.from_pretrained(folder)
+problems = {k: sorted(map(str, v)) for k, v in info.items() if v}
+saved = np.load(folder + "/onnx/samples.npz", allow_pickle=False)
+gap, scale = 0.0, 0.0
+with torch.no_grad():
+    for key in saved.files:
+        if key.endswith("inputs/pixel_values"):
+            case = key.split("/")[0]
+            got = model.eval()(pixel_values=torch.from_numpy(saved[key])).logits.numpy()
+            want = saved[case + "/outputs/logits"]
+            gap = max(gap, float(np.abs(got - want).max()))
+            scale = max(scale, float(np.abs(want).max()))
+print("RESULT " + json.dumps({"class": type(model).__name__, "processor": type(processor).__name__,
+      "problems": problems, "gap": gap, "scale": scale,
+      "parameters": sum(p.numel() for p in model.parameters())}))
+"""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the clean process saw; `gap` is the largest difference of logits, relative."""
+
+    model_class: str
+    processor_class: str
+    parameters: int
+    gap: float
+
+
+def verify(folder: Path, *, threads: int = 1) -> Verified:
+    """Open `folder` with transformers' Auto classes where slimfuse can't be imported.
+
+    Raises UserError when the folder is not a finished one, CheckFailed when a weight is missing
+    or unexpected or the logits differ from the run's by more than 1e-5 of their size.
+    """
+    needed = ("config.json", "model.safetensors", "preprocessor_config.json", "onnx/samples.npz")
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            "this is not a finished model folder",
+            where=str(folder),
+            got=f"no {', no '.join(missing)}",
+            hint="give the `model` folder of a run that has finished",
+        )
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder.resolve()), str(threads)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise CheckFailed("stock classes can't open the folder", where=str(folder), got=last)
+    result = json.loads(lines[0].removeprefix("RESULT "))
+    gap = result["gap"] / max(result["scale"], 1e-12)
+    if result["problems"]:
+        raise CheckFailed(
+            "weights don't fit the stock class", where=str(folder), got=result["problems"]
+        )
+    if not gap <= TOLERANCE:
+        raise CheckFailed(
+            "the stock class gives other logits than the run did",
+            where=str(folder),
+            got=f"{gap:.2e} relative",
+            allowed=f"{TOLERANCE:.0e}",
+        )
+    return Verified(result["class"], result["processor"], result["parameters"], gap)
