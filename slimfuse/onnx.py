@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -55,7 +56,7 @@ def export_onnx(model: nn.Module, pixels: Tensor, path: Path, *, opset: int) -> 
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def _quiet() -> Iterator[None]:
     """Keep the exporter's own chatter off the screen."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -20,15 +21,27 @@ from slimfuse.errors import StorageError
 
 MANIFEST = "manifest.json"
 KEY_LENGTH = 16
+CHECKPOINT = "checkpoint.safetensors"
+"""The one file of an unfinished stage that the next run may go on from."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOENT, errno.ENAMETOOLONG, errno.EIO,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A finished stage: its folder and the key that stands for everything it was made from."""
+    """A finished stage: its folder and the key that stands for everything it was made from.
+
+    files: sha256 of each file, by its path in the folder. seconds: the time its making took.
+    """
 
     name: str
     key: str
     path: Path
+    files: Mapping[str, str]
     seconds: float
 
 
@@ -36,12 +49,13 @@ class Store:
     """The stages of one run folder.
 
     A stage is built in `stages/NAME-KEY.partial` and renamed when it is whole, so a folder
-    without that suffix is finished by construction. What a killed run left in the partial folder
-    stays there for the next one, which may go on from it.
+    without that suffix is finished by construction. Of what a killed run left in the partial
+    folder only a checkpoint stays for the next one, which may go on from it.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._checked: dict[str, Stage] = {}  # by key: files are hashed once a process
 
     def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Stage:
         """Return the stage made from `inputs`, calling `build(folder)` unless it exists.
@@ -49,20 +63,17 @@ class Store:
         inputs: JSON values; together with the name they are the stage's address.
         """
         key = digest({"stage": name, **inputs})[:KEY_LENGTH]
+        if key in self._checked:
+            return self._checked[key]
         final = self.root / "stages" / f"{name}-{key}"
         manifest = self._manifest(final)
         if manifest is None:
             start = time.monotonic()
-            partial = final.with_name(final.name + ".partial")
-            with writing(partial):
-                partial.mkdir(parents=True, exist_ok=True)
+            with writing(self.root):
+                partial = _emptied(final.with_name(final.name + ".partial"), keep=CHECKPOINT)
                 self.log(name, "start", key=key)
                 build(partial)
-                files = {
-                    str(f.relative_to(partial)): file_digest(f)
-                    for f in sorted(partial.rglob("*"))
-                    if f.is_file()
-                }
+                files = {f.relative_to(partial).as_posix(): file_digest(f) for f in _files(partial)}
                 seconds = round(time.monotonic() - start, 3)
                 manifest = {"inputs": inputs, "files": files, "seconds": seconds}
                 write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
@@ -71,32 +82,38 @@ class Store:
             self.log(name, "done", key=key, seconds=seconds)
         else:
             self.log(name, "cached", key=key)
-        return Stage(name, key, final, float(manifest["seconds"]))
-
-    def has(self, name: str, inputs: Mapping[str, Any]) -> bool:
-        """Return whether the stage is finished already."""
-        key = digest({"stage": name, **inputs})[:KEY_LENGTH]
-        return self._manifest(self.root / "stages" / f"{name}-{key}") is not None
+        stage = Stage(name, key, final, manifest["files"], float(manifest["seconds"]))
+        self._checked[key] = stage
+        return stage
 
     def _manifest(self, folder: Path) -> dict[str, Any] | None:
         """Return a finished stage's manifest; a stage whose files were altered is removed."""
-        if not (folder / MANIFEST).is_file():
+        if not folder.exists():
             return None
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        for name, expected in manifest["files"].items():
-            file = folder / name
-            if not file.is_file() or file_digest(file) != expected:
-                self.log(folder.name, "altered", file=name)
-                shutil.rmtree(folder)
-                return None
-        return manifest
+        altered = [MANIFEST]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            files, _ = manifest["files"], float(manifest["seconds"])
+            altered = [name for name, sha256 in files.items() if not _is(folder / name, sha256)]
+            if not altered:
+                return manifest
+        self.log(folder.name, "altered", files=altered)
+        _remove(folder)
+        return None
 
-    def publish(self, folder: Path, name: str) -> Path:
-        """Copy a stage's content (without manifest) to `root/name`, replacing it in one step."""
-        target, partial = self.root / name, self.root / f"{name}.partial"
-        with writing(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(MANIFEST))
+    def publish(self, stage: Stage, name: str) -> Path:
+        """Copy a stage's files (without manifest) to `root/name`, replacing it in one step."""
+        target = self.root / name
+        with writing(self.root):
+            there = {f.relative_to(target).as_posix() for f in _files(target)}
+            if there == stage.files.keys() and all(
+                _is(target / file, sha256) for file, sha256 in stage.files.items()
+            ):
+                return target
+            partial = _emptied(target.with_name(f"{name}.partial"))
+            for file in stage.files:
+                (partial / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(stage.path / file, partial / file)
             _sync(partial)
             self.withdraw(name)
             partial.rename(target)
@@ -104,15 +121,15 @@ class Store:
 
     def withdraw(self, *names: str) -> None:
         """Remove published files or folders, so that nothing old looks like this run's result."""
-        for name in names:
-            target = self.root / name
-            if target.is_dir():
-                doomed = target.with_name(f"{name}.old")
-                shutil.rmtree(doomed, ignore_errors=True)
-                target.rename(doomed)
-                shutil.rmtree(doomed)
-            else:
-                target.unlink(missing_ok=True)
+        with writing(self.root):
+            for name in names:
+                target, doomed = self.root / name, self.root / f"{name}.old"
+                _remove(doomed)
+                if target.is_dir():
+                    target.rename(doomed)  # in one step: never half a folder under its name
+                    _remove(doomed)
+                else:
+                    target.unlink(missing_ok=True)
 
     def log(self, stage: str, event: str, **more: Any) -> None:
         """Append one event to log.jsonl."""
@@ -148,18 +165,57 @@ def writing(where: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, StorageError):
             raise
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(error):
+        # safetensors raises an error of its own that has no errno
+        if _errno(error) in _FULL or "No space left on device" in str(error):
             raise StorageError(
                 "the disk is full; what was finished is kept",
                 where=str(where),
                 hint="free some space and run the same command again: it goes on from here",
             ) from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+        if isinstance(error, OSError) and error.errno in _FORBIDDEN and _below(error, where):
             raise StorageError(
-                "the folder can't be written", where=str(where), got=str(error.strerror)
+                "this can't be written",
+                where=str(where),
+                got=str(error.strerror),
+                hint="make it writable, or choose another folder with --out",
             ) from error
         raise
+
+
+def _errno(error: Exception) -> int | None:
+    return error.errno if isinstance(error, OSError) else None
+
+
+def _below(error: OSError, where: Path) -> bool:
+    """Tell a fault of the run folder from one of a file that was read elsewhere."""
+    if error.filename is None:
+        return True
+    file = Path(os.fsdecode(error.filename))
+    return file in (where, *where.parents) or where in file.parents
+
+
+def _emptied(folder: Path, *, keep: str | None = None) -> Path:
+    """Return `folder`, existing, with nothing in it but the file `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        if entry.name != keep:
+            _remove(entry)
+    return folder
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.is_file())
+
+
+def _is(file: Path, sha256: str) -> bool:
+    return file.is_file() and file_digest(file) == sha256
 
 
 def free_bytes(folder: Path) -> int:
@@ -195,7 +251,6 @@ def file_digest(path: Path) -> str:
 
 def _sync(folder: Path) -> None:
     """Flush a folder's files to disk, so that a rename never outlives its content."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+    for file in _files(folder):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())

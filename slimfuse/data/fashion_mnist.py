@@ -11,15 +11,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slimfuse.data.base import ImageData, Split
 from slimfuse.errors import DataError
 
 SHA256 = {
-    "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
-    "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
-    "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
-    "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+    "train-images-idx3-ubyte": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+    "train-labels-idx1-ubyte": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+    "t10k-images-idx3-ubyte": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+    "t10k-labels-idx1-ubyte": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
 }
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -45,15 +46,15 @@ def load_fashion_mnist(path: str | None = None) -> ImageData:
     digest = hashlib.sha256()
     arrays = {}
     for name, expected in SHA256.items():
-        arrays[name] = _read(folder / name, expected)
+        arrays[name] = _read(folder / f"{name}.gz", expected)
         digest.update(expected.encode())
     train, test = (
         Split(
-            np.broadcast_to(images[..., None], (*images.shape, 3)),
-            arrays[f"{part}-labels-idx1-ubyte.gz"].astype(np.int64),
+            list(np.broadcast_to(images[..., None], (*images.shape, 3))),
+            arrays[f"{part}-labels-idx1-ubyte"].astype(np.int64),
         )
         for part in ("train", "t10k")
-        for images in (arrays[f"{part}-images-idx3-ubyte.gz"],)
+        for images in (arrays[f"{part}-images-idx3-ubyte"],)
     )
     return ImageData(
         name="fashion-mnist",
@@ -69,7 +70,7 @@ def load_fashion_mnist(path: str | None = None) -> ImageData:
 
 def _find() -> Path:
     for folder in (SYSTEM, cache_folder()):
-        if all((folder / name).is_file() for name in SHA256):
+        if all((folder / f"{name}.gz").is_file() for name in SHA256):
             return folder
     return _fetch(cache_folder())
 
@@ -101,7 +102,7 @@ def _fetch(target: Path) -> Path:
     return target
 
 
-def _read(file: Path, expected: str) -> np.ndarray:  # type: ignore[type-arg]
+def _read(file: Path, expected: str) -> NDArray[np.uint8]:
     if not file.is_file():
         raise DataError("a Fashion-MNIST file is missing", where=str(file))
     packed = file.read_bytes()

@@ -131,7 +131,7 @@ class ViT:
         return float((self.head_dims(target) / self.head_dims(parent)) ** 0.5)
 
     def narrow(self, config: Any, shape: Shape) -> Any:
-        """Return a copy of `config` with `shape`; raises ShapeError with the nearest legal width."""
+        """Return a copy of `config` with `shape`; ShapeError names the nearest legal width."""
         width, heads = shape.hidden_size, shape.num_attention_heads
         if width % heads:
             below = max(heads, width // heads * heads)
@@ -191,7 +191,7 @@ class ViT:
                 "the parent can't be opened",
                 where=str(folder),
                 got=_first_line(error),
-                hint="give a folder with config.json and model.safetensors, or a hub id while online",
+                hint="give a folder with config.json and model.safetensors, or a hub id if online",
             ) from error
         if config.model_type != "vit":
             raise ParentError(

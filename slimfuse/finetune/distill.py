@@ -14,10 +14,11 @@ Batch = Callable[[Tensor], Tensor]
 def soft_targets(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
     """Return the teachers' weighted mean probabilities (n, classes) at `temperature`."""
     total = sum(weights)
-    return sum(
+    parts = [
         (w / total) * torch.softmax(z.float() / temperature, -1)
         for w, z in zip(weights, logits, strict=True)
-    )  # type: ignore[return-value]
+    ]
+    return torch.stack(parts).sum(0)
 
 
 def labels_loss(

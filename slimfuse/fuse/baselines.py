@@ -41,7 +41,7 @@ def _norms(state: dict[str, Tensor], atlas: Atlas, space: str) -> Tensor:
             if any(leg.space == space and leg.role is Role.WRITE for leg in axis):
                 sizes = [atlas.spaces[leg.space].size for leg in axis]
                 place = [leg.space for leg in axis].index(space)
-                split = state[name].double().unflatten(dim, sizes)
+                split = torch.unflatten(state[name].double(), dim, sizes)
                 others = [d for d in range(split.ndim) if d != dim + place]
                 total += split.square().sum(others)
     return total.sqrt()

@@ -3,7 +3,8 @@
 Several parents are treated as one wide network. Its stream is their consensus y = Σ_p K_p x_p,
 its heads and MLP units are all the parents' own, each writing K_p W to y. The target keeps the
 units that explain the rest best, and every layer is then solved against what the already-built
-part of the target really produces.
+part of the target really produces. Rows are weighted by what they matter to the parents' logits
+(see `importance`): after the last attention only the readout token does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from slimfuse.families import Block, Family
 from slimfuse.fuse import walk
+from slimfuse.fuse.importance import token_importance
 from slimfuse.fuse.solve import (
     decoder,
     greedy_groups,
@@ -114,7 +116,7 @@ class _Refit:
         self.layout = family.layout(target.config)
         self.layouts = [family.layout(p.model.config) for p in parents]
         self.atlases: list[Atlas] = [family.atlas(p.model.config) for p in parents]
-        self.states = [dict(p.model.state_dict()) for p in parents]
+        self.states: list[dict[str, Tensor]] = [dict(p.model.state_dict()) for p in parents]
         self.head_dims = [family.head_dims(p.model.config) for p in parents]
         self.widths = [family.shape(p.model.config).hidden_size for p in parents]
         self.shape = family.shape(target.config)
@@ -127,6 +129,9 @@ class _Refit:
         self.z: list[Tensor] = []
 
     def run(self) -> Fusion:
+        self.importance = token_importance(
+            [p.model for p in self.parents], self.layouts, self.batches()
+        )
         self.consensus = consensus(
             self._joint_stream(), self.widths, [p.weight for p in self.parents]
         )
@@ -150,7 +155,7 @@ class _Refit:
     # -- the stream -------------------------------------------------------------------------
 
     def _joint_stream(self) -> Tensor:
-        """Return E[x xᵀ / |P x_1|²] of the parents' concatenated streams over all depths."""
+        """Return E[w x xᵀ / |P x_1|²] of the parents' joint streams over all depths and tokens."""
         moments = Moments(joint=sum(self.widths))
         project = centring(self.widths[0])
         with track("reading the parents' streams", self.n_batches) as tell:
@@ -159,16 +164,21 @@ class _Refit:
                     walk.streams(p.model, layout, batch)
                     for p, layout in zip(self.parents, self.layouts, strict=True)
                 ]
-                for depth in zip(*runs, strict=True):
-                    rows = torch.cat([_rows(x) for x in depth], dim=1)
+                for depth, parallel in enumerate(zip(*runs, strict=True)):
+                    rows = torch.cat([_rows(x) for x in parallel], dim=1)
                     norm = (rows[:, : self.widths[0]] @ project).square().sum(1)
-                    moments.update(1 / norm.clamp_min(1e-12), joint=rows)
+                    weights = self._weights(depth, len(batch)) / norm.clamp_min(1e-12)
+                    moments.update(weights, joint=rows)
                 tell(i + 1)
         return moments.second("joint")
 
+    def _weights(self, depth: int, samples: int) -> Tensor:
+        """Return the importance of every row (samples·tokens,) at one depth."""
+        return self.importance[depth].repeat(samples)
+
     def _mixed(self, streams: Sequence[Tensor]) -> Tensor:
         """Return rows (tokens, m) of E y for the parents' streams."""
-        return sum(_rows(x) @ mix.T for x, mix in zip(streams, self.mixes, strict=True))  # type: ignore[return-value]
+        return _total(_rows(x) @ mix.T for x, mix in zip(streams, self.mixes, strict=True))
 
     def _embed(self) -> None:
         """Write the embeddings, which move exactly, and start the cached streams."""
@@ -195,7 +205,7 @@ class _Refit:
     def _attention(self, layer: int) -> None:
         block = self.layout.blocks[layer]
         after, contexts, scores = self._parents_attention(layer)
-        read = self._reading(block.attention_norm, self.x)
+        read = self._reading(block.attention_norm, 2 * layer)
         nested, chosen = self._choose_heads(layer, contexts, scores)
         sources = tuple((self.parents[p].name, h) for p, h in chosen)
         for name, factor in ((block.q, self.query_scales), (block.k, None), (block.v, None)):
@@ -230,7 +240,8 @@ class _Refit:
                 walk.attend(p.model, lay.blocks[layer], x)
                 for p, lay, x in zip(self.parents, self.layouts, normed, strict=True)
             ]
-            contexts.update(all=torch.cat([_rows(h) for h in heads], dim=1))
+            weights = self._weights(2 * layer + 1, len(streams[0]))
+            contexts.update(weights, all=torch.cat([_rows(h) for h in heads], dim=1))
             for moments, x in zip(norms, normed, strict=True):
                 moments.update(x=_rows(x))
             after.append(
@@ -259,7 +270,7 @@ class _Refit:
     def _choose_heads(
         self, layer: int, contexts: Moments, scores: list[list[tuple[Tensor, Tensor]]]
     ) -> tuple[list[dict[str, LinearMap | NestedMap]], list[tuple[int, int]]]:
-        """Return each parent's maps of heads and their units, and (parent, head) of every target."""
+        """Return each parent's maps of heads and their units, and every target's (parent, head)."""
         block = self.layout.blocks[layer]
         cov = contexts.cov("all")
         out = self._outputs(layer, "o")
@@ -325,19 +336,20 @@ class _Refit:
                 walk.mlp(p.model, lay.blocks[layer], x)
                 for p, lay, x in zip(self.parents, self.layouts, streams, strict=True)
             ]
-            units.update(all=torch.cat([_rows(u) for u, _ in runs], dim=1))
+            weights = self._weights(2 * layer + 2, len(streams[0]))
+            units.update(weights, all=torch.cat([_rows(u) for u, _ in runs], dim=1))
             after.append([x + out for x, (_, out) in zip(streams, runs, strict=True)])
         singles = list(torch.arange(sum(sizes))[:, None])
         order = self._keep(
             units.cov("all"), self._outputs(layer, "down"), singles, self.shape.intermediate_size
         )
         push = torch.eye(sum(sizes), dtype=torch.float64)[:, order]
-        parts = push.split(sizes)
+        parts = torch.split(push, sizes)
         maps: list[dict[str, LinearMap | NestedMap]] = [
             {block.mlp_space: LinearMap(part, part)} for part in parts
         ]
         owners = [(p.name, u) for p, n in zip(self.parents, sizes, strict=True) for u in range(n)]
-        read = self._reading(block.mlp_norm, self.x)
+        read = self._reading(block.mlp_norm, 2 * layer + 2)
         self._fit_reader(block.up, layer, maps, read, None, tuple(owners[i] for i in order))
         self._fit_writer(
             block.down,
@@ -351,16 +363,16 @@ class _Refit:
 
     # -- the two kinds of fit ---------------------------------------------------------------
 
-    def _reading(self, norm: str, x: list[list[Tensor]]) -> Moments:
+    def _reading(self, norm: str, depth: int) -> Moments:
         """Return moments of the parents' and the target's normed streams before one sublayer."""
         names = [f"p{i}" for i in range(len(self.parents))]
         moments = Moments(**dict(zip(names, self.widths, strict=True)), t=self.shape.hidden_size)
-        for streams, z in zip(x, self.z, strict=True):
+        for streams, z in zip(self.x, self.z, strict=True):
             rows = {
                 name: _rows(walk.apply(p.model, norm, s))
                 for name, p, s in zip(names, self.parents, streams, strict=True)
             }
-            moments.update(**rows, t=_rows(walk.apply(self.target, norm, z)))
+            moments.update(self._weights(depth, len(z)), **rows, t=_rows(walk.apply(self.target, norm, z)))
         return moments
 
     def _readback(self, p: int, moments: Moments, gain: Tensor) -> Tensor:
@@ -385,9 +397,7 @@ class _Refit:
         """Fit a layer that reads the stream to the chosen units' pre-activations."""
         width = self.shape.hidden_size
         norm = self._norm_of(name, layer)
-        cross, prior, mean = 0.0, 0.0, 0.0
-        variance = 0.0
-        rows = []
+        rows, priors, means = [], [], []
         for p, (state, atlas) in enumerate(zip(self.states, self.atlases, strict=True)):
             names = [n for n in (f"{name}.weight", f"{name}.bias") if n in atlas.axes]
             moved = transform({n: state[n].double() for n in names}, atlas, maps[p], only=names)
@@ -396,16 +406,17 @@ class _Refit:
             rows.append(weight)
             bias = moved.get(f"{name}.bias")
             gain = state[f"{norm}.weight"]
-            cross = cross + weight @ moments.cov(f"p{p}", "t")
-            prior = prior + weight @ self._readback(p, moments, gain)
-            mean = mean + weight @ moments.mean(f"p{p}")
+            priors.append(weight @ self._readback(p, moments, gain))
+            means.append(weight @ moments.mean(f"p{p}"))
             if bias is not None:
-                mean = mean + bias * factor
-        for p, a in enumerate(rows):
-            for q, b in enumerate(rows):
-                variance += float(((a @ moments.cov(f"p{p}", f"p{q}")) * b).sum())
-        gram = moments.cov("t")
-        assert isinstance(cross, Tensor) and isinstance(prior, Tensor) and isinstance(mean, Tensor)
+                means.append(bias * factor)
+        cross = _total(w @ moments.cov(f"p{p}", "t") for p, w in enumerate(rows))
+        prior, mean, gram = _total(priors), _total(means), moments.cov("t")
+        variance = sum(
+            float((a @ moments.cov(f"p{p}", f"p{q}") * b).sum())
+            for p, a in enumerate(rows)
+            for q, b in enumerate(rows)
+        )
         assert prior.shape[1] == width
         fitted = ridge(cross, gram, prior, self.settings.ridge)
         self._write(name, fitted, mean - fitted @ moments.mean("t"))
@@ -427,14 +438,16 @@ class _Refit:
     ) -> None:
         """Fit a layer that writes the stream to what is missing there: E y_after - z_before."""
         moments = Moments(goal=self.shape.hidden_size, t=push.shape[1], y=self.shape.hidden_size)
+        depth = 2 * layer + (2 if name == self.layout.blocks[layer].down else 1)
         kept = []
         for streams, z in zip(after, self.z, strict=True):
             x = inputs(z)
             kept.append(x)
             y = self._mixed(streams)
-            moments.update(goal=y - _rows(z), t=_rows(x), y=y)
-        read = decoder(units.cov("all"), push).split([len(s) for s in self._sides(layer, name)])
-        prior = 0.0
+            moments.update(self._weights(depth, len(z)), goal=y - _rows(z), t=_rows(x), y=y)
+        sizes = [state[f"{name}.weight"].shape[1] for state in self.states]
+        read = torch.split(decoder(units.cov("all"), push), sizes)
+        priors = []
         for p, (state, atlas, mix) in enumerate(
             zip(self.states, self.atlases, self.mixes, strict=True)
         ):
@@ -444,10 +457,9 @@ class _Refit:
                 space: LinearMap(read[p], read[p]),
             }
             moved = transform({key: state[key].double()}, atlas, maps, only=[key])
-            prior = prior + moved[key]
-        assert isinstance(prior, Tensor)
+            priors.append(moved[key])
         cross, gram = moments.cov("goal", "t"), moments.cov("t")
-        fitted = ridge(cross, gram, prior, self.settings.ridge)
+        fitted = ridge(cross, gram, _total(priors), self.settings.ridge)
         bias = moments.mean("goal") - fitted @ moments.mean("t")
         self._write(name, fitted, bias)
         missed = (
@@ -463,15 +475,15 @@ class _Refit:
         """Fit the head to the parents' weighted mean logits (their mean log-probabilities)."""
         layout = self.layout
         weights = [p.weight / sum(q.weight for q in self.parents) for p in self.parents]
-        classes = self.target.get_submodule(layout.head).weight.shape[0]
+        classes = len(self.target.get_parameter(f"{layout.head}.weight"))
         names = {f"p{i}": d for i, d in enumerate(self.widths)}
-        moments = Moments(goal=int(classes), t=self.shape.hidden_size, **names)
+        moments = Moments(goal=classes, t=self.shape.hidden_size, **names)
         for streams, z in zip(self.x, self.z, strict=True):
             tops = [
                 walk.read_out(p.model, layout, x)
                 for p, x in zip(self.parents, streams, strict=True)
             ]
-            goal = sum(
+            goal = _total(
                 w * walk.apply(p.model, layout.head, top).double()
                 for w, p, top in zip(weights, self.parents, tops, strict=True)
             )
@@ -480,13 +492,13 @@ class _Refit:
                 t=walk.read_out(self.target, layout, z),
                 **dict(zip(names, tops, strict=True)),
             )
-        prior = sum(
+        prior = _total(
             w * self.states[p][f"{layout.head}.weight"].double()
             @ self._readback(p, moments, self.states[p][f"{layout.final_norm}.weight"])
             for p, w in enumerate(weights)
         )  # fmt: skip
         cross, gram = moments.cov("goal", "t"), moments.cov("t")
-        fitted = ridge(cross, gram, prior, self.settings.ridge)  # type: ignore[arg-type]
+        fitted = ridge(cross, gram, prior, self.settings.ridge)
         self._write(layout.head, fitted, moments.mean("goal") - fitted @ moments.mean("t"))
         missed = (
             moments.cov("goal") - fitted @ cross.T - cross @ fitted.T + fitted @ gram @ fitted.T
@@ -502,7 +514,7 @@ class _Refit:
 
     def _keep(self, cov: Tensor, out: Tensor, groups: list[Tensor], keep: int) -> list[int]:
         if self.settings.units == "magnitude":
-            return magnitude(out, groups).topk(keep).indices.tolist()
+            return [int(i) for i in magnitude(out, groups).topk(keep).indices]
         return sorted(greedy_groups(cov, out, groups, keep))
 
     def _outputs(self, layer: int, part: str) -> Tensor:
@@ -519,10 +531,6 @@ class _Refit:
         name: str = getattr(self.layouts[p].blocks[layer], part)
         bias = self.states[p].get(f"{name}.bias")
         return torch.zeros(1, dtype=torch.float64) if bias is None else bias.double()
-
-    def _sides(self, layer: int, name: str) -> list[Tensor]:
-        """Return each parent's weight of `name` with its input axis first."""
-        return [state[f"{name}.weight"].T for state in self.states]
 
     def _norm_of(self, name: str, layer: int) -> str:
         block: Block = self.layout.blocks[layer]
@@ -549,6 +557,10 @@ class _Refit:
 def _rows(x: Tensor) -> Tensor:
     """Return tokens as float64 rows (batch·tokens, d)."""
     return x.reshape(-1, x.shape[-1]).double()
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(tuple(parts)).sum(0)
 
 
 def _share(part: float, whole: float) -> float:

@@ -19,7 +19,8 @@ def ridge(cross: Tensor, gram: Tensor, prior: Tensor, strength: float) -> Tensor
     damp = strength * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     eye = torch.eye(len(gram), dtype=gram.dtype)
     factor = torch.linalg.cholesky(gram + damp * eye)
-    return torch.cholesky_solve((cross + damp * prior).T, factor).T
+    solution: Tensor = torch.cholesky_solve((cross + damp * prior).T, factor)
+    return solution.T
 
 
 def decoder(cov: Tensor, push: Tensor) -> Tensor:
@@ -28,7 +29,8 @@ def decoder(cov: Tensor, push: Tensor) -> Tensor:
     cov: covariance C (n, n) of x; push: A (n, m).
     """
     kept = push.T @ cov @ push
-    return cov @ push @ torch.linalg.pinv(kept, rtol=RANK_TOLERANCE, hermitian=True)
+    inverse: Tensor = torch.linalg.pinv(kept, rtol=RANK_TOLERANCE, hermitian=True)
+    return cov @ push @ inverse
 
 
 def greedy_groups(cov: Tensor, out: Tensor, groups: Sequence[Tensor], keep: int) -> list[int]:
@@ -66,7 +68,9 @@ def greedy_groups(cov: Tensor, out: Tensor, groups: Sequence[Tensor], keep: int)
 
 def _drop(left: Tensor, weighted: Tensor, index: Tensor, scale: Tensor) -> Tensor:
     block, read = left[index][:, index], weighted[:, index]
-    inverse = torch.linalg.pinv(block, atol=float(RANK_TOLERANCE * scale), rtol=0.0, hermitian=True)
+    inverse: Tensor = torch.linalg.pinv(
+        block, atol=float(RANK_TOLERANCE * scale), rtol=0.0, hermitian=True
+    )
     return (read @ inverse * read).sum()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -56,23 +57,26 @@ def consensus(joint: Tensor, widths: Sequence[int], weights: Sequence[float]) ->
     """Return the anchored consensus of the parents' streams (fusion.md §3).
 
     joint: E[x xᵀ / |P x_1|²] (Σd, Σd) of the concatenated streams; R_p = argmin E|x_1 - R x_p|²
-    on the channel-centred streams.
+    on the channel-centred streams. A parent's weight is multiplied by the square of the share of
+    the anchor's energy that it explains: a stream that agrees poorly would blur the anchor's
+    (docs/decisions/0003).
     """
-    total = sum(weights)
     cuts = torch.tensor([0, *widths]).cumsum(0).tolist()
-    parts = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [slice(a, b) for a, b in pairwise(cuts)]
     project = torch.block_diag(*(centring(d) for d in widths))
     joint = project @ joint @ project
     anchor = parts[0]
-    mixes, agreement = [], []
+    backs, trusted, agreement = [], [], []
     for part, weight, width in zip(parts, weights, widths, strict=True):
         if part is anchor:
             back = centring(width)
         else:
             back = joint[anchor, part] @ _pinv(joint[part, part]) @ centring(width)
         explained = (back @ joint[part, part] @ back.T).trace() / joint[anchor, anchor].trace()
-        mixes.append(back * (weight / total))
         agreement.append(float(explained))
+        backs.append(back)
+        trusted.append(weight * agreement[-1] ** 2)
+    mixes = [back * (trust / sum(trusted)) for back, trust in zip(backs, trusted, strict=True)]
     stacked = torch.cat(mixes, dim=1)
     second = stacked @ joint @ stacked.T
     inverse = _pinv(second)
@@ -145,4 +149,5 @@ def _basis(size: int) -> Tensor:
 
 
 def _pinv(matrix: Tensor) -> Tensor:
-    return torch.linalg.pinv(matrix, rtol=RANK_TOLERANCE, hermitian=True)
+    inverse: Tensor = torch.linalg.pinv(matrix, rtol=RANK_TOLERANCE, hermitian=True)
+    return inverse

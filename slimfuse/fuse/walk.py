@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ def watch(model: nn.Module, **paths: str) -> Iterator[dict[str, Tensor]]:
     """Yield a dict that holds the latest first input of the modules at `paths`, by its name."""
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str):  # type: ignore[no-untyped-def]
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             seen[name] = inputs[0]
 

@@ -72,7 +72,7 @@ class Pixels:
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Return float32 pixels (batch, 3, height, width) of the samples at `indices`."""
         if self._cache is None and self._bytes() <= CACHE_BYTES:
-            chunks = torch.arange(len(self)).split(1024)
+            chunks = torch.split(torch.arange(len(self)), 1024)
             with track("preparing images", len(self)) as tell:
                 parts = []
                 for chunk in chunks:
@@ -115,7 +115,7 @@ def logits(model: nn.Module, pixels: Pixels, *, batch_size: int = 256, what: str
     dtype = next(model.parameters()).dtype
     out = []
     with track(what, len(pixels)) as tell:
-        for chunk in torch.arange(len(pixels)).split(batch_size):
+        for chunk in torch.split(torch.arange(len(pixels)), batch_size):
             batch = pixels[chunk].to(device, dtype)
             out.append(model(pixel_values=batch).logits.float().cpu())
             tell(int(chunk[-1]) + 1)

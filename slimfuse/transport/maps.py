@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,16 @@ class TransportMap:
 
     @cached_property
     def push(self) -> Tensor:
-        """Plan / nu (n, m): columns sum to 1; writers move by its transpose (fusion.md §1)."""
-        return self.plan / self.nu[None, :]
+        """Plan / nu (n, m): columns sum to 1; writers move by its transpose (fusion.md §1).
+
+        A target unit without mass is a mix of nothing: its column is 0.
+        """
+        return self.plan / self.nu.clamp_min(TINY)[None, :]
 
     @cached_property
     def pull(self) -> Tensor:
-        """Plan / mu (n, m): rows sum to 1; readers move by it (fusion.md §1)."""
-        return self.plan / self.mu[:, None]
+        """Plan / mu (n, m): rows sum to 1, or to 0 without mass; readers move by it."""
+        return self.plan / self.mu.clamp_min(TINY)[:, None]
 
     @property
     def effective_units(self) -> float:
@@ -44,8 +48,12 @@ class TransportMap:
     @property
     def entropy(self) -> float:
         """Return the plan's entropy relative to that of the independent coupling, in 0 … 1."""
-        own = float(-torch.special.xlogy(self.plan, self.plan).sum())
-        return own / max(math.log(self.plan.numel()), 1e-12)
+        most = _entropy(self.mu) + _entropy(self.nu)
+        return _entropy(self.plan) / most if most > 0 else 0.0
+
+
+def _entropy(masses: Tensor) -> float:
+    return float(-torch.special.xlogy(masses, masses).sum())
 
 
 def from_plan(plan: Tensor, cost: float = 0.0, converged: bool = True) -> TransportMap:
