@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+if TYPE_CHECKING:
+    from slimfuse.pipeline import Run, compress, plan
+    from slimfuse.stock import verify
+
 __version__ = "0.1.0"
+__all__ = ["Run", "__version__", "compress", "plan", "verify"]
+
+_HOMES = {
+    "Run": "slimfuse.pipeline",
+    "compress": "slimfuse.pipeline",
+    "plan": "slimfuse.pipeline",
+    "verify": "slimfuse.stock",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the verbs on first use: `import slimfuse` stays light, as recipe checks need."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'slimfuse' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

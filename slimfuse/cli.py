@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from slimfuse.errors import SlimfuseError
-from slimfuse.progress import console
+from slimfuse.progress import console, working
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="slimfuse",
@@ -44,7 +48,8 @@ def compress(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -
     """Run a recipe: parents in, one narrower model with its report out."""
     from rich.console import Console
 
-    from slimfuse.pipeline import compress as run_recipe
+    with working("starting"):  # torch takes seconds
+        from slimfuse.pipeline import compress as run_recipe
     from slimfuse.report import console_table
 
     run = run_recipe(recipe, overrides=tuple(overrides or ()), out=out)
@@ -66,7 +71,8 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from slimfuse.pipeline import plan as make_plan
+    with working("starting"):
+        from slimfuse.pipeline import plan as make_plan
     from slimfuse.report import words
 
     made = make_plan(recipe, overrides=tuple(overrides or ()))
@@ -91,12 +97,15 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="A finished model folder.", show_default=False)],
 ) -> None:
     """Prove that a model folder opens in stock classes, in a process without slimfuse."""
-    from slimfuse.verify import verify as prove
+    from slimfuse.stock import verify as prove
 
-    found = prove(folder)
+    with working(f"opening {folder} in a process of its own"):
+        found = prove(folder)
     console.print(
         f"{folder}: {found.model_class}, {found.parameters:,} parameters, with "
-        f"{found.processor_class}; same logits as in its run (within {found.gap:.1e} of their size)"
+        f"{found.processor_class}; same logits as in its run (within {found.gap:.1e} of their "
+        "size)",
+        soft_wrap=True,
     )
 
 
@@ -136,7 +145,9 @@ def recipe_list(
 
     if not folder.is_dir():
         raise RecipeError("there is no such folder", where=str(folder), hint="name a folder")
-    table = Table("recipe", "family", "task", "what it does")
+    table = Table()
+    for column in ("recipe", "family", "task", "what it does"):
+        table.add_column(column, overflow="fold")
     for info in find_recipes(folder):
         about = info.summary if info.error is None else f"[red]{info.error.what}[/]"
         table.add_row(str(info.path), info.family, info.task, about)
@@ -170,24 +181,24 @@ def main() -> None:
 
     0 done, 1 internal fault, 2 bad input, 3 a check or gate failed, 130 interrupted.
     """
-    debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
     command = typer.main.get_command(app)
     try:
-        code = command.main(arguments, prog_name="slimfuse", standalone_mode=True)
+        command.main(arguments, prog_name="slimfuse")
+        code = 0
+    except SystemExit as done:  # typer's way to end, by an interruption too
+        code = done.code if isinstance(done.code, int) else 0
+        if code == INTERRUPTED:
+            console.print("interrupted: run the same command again to go on from here")
     except SlimfuseError as error:
-        if debug:
-            raise
-        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        _trace(debug)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         code = error.exit_code
-    except KeyboardInterrupt:
-        console.print("interrupted: run the same command again to go on from here")
-        code = 130
     except Exception as error:
-        if debug:
-            raise
+        _trace(debug)
         console.print(
-            f"[bold red]internal fault:[/] {_escape(f'{type(error).__name__}: {error}')}\n"
+            f"[bold red]internal fault:[/] {escape(f'{type(error).__name__}: {error}')}\n"
             "  next:    run the same command with --debug and report what it prints",
             soft_wrap=True,
         )
@@ -195,10 +206,9 @@ def main() -> None:
     sys.exit(code)
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _trace(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ class Moments:
     def update(self, weights: Tensor | None = None, **rows: Tensor) -> None:
         """Add rows (n, width) of every site; `weights` (n,) defaults to ones."""
         joint = torch.cat([rows[site].double().cpu() for site in self.widths], dim=1)
-        w = torch.ones(len(joint), dtype=torch.float64) if weights is None else weights.double()
+        w = torch.ones(len(joint)) if weights is None else weights
+        w = w.double().cpu()
         if self._shift is None:
             self._shift = joint.mean(0)
         centred = joint - self._shift

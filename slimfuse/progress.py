@@ -35,6 +35,18 @@ def track(what: str, total: int) -> Iterator[Tracker]:
     yield from _bar(what, total) if console.is_terminal else _lines(what, total)
 
 
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that `what` goes on where it can't be known how far it is."""
+    if console.is_terminal:
+        # bound to the stream of now: the work may turn sys.stderr away to silence a library
+        with Console(file=console.file, highlight=False).status(what):
+            yield
+    else:
+        console.print(f"  {what}")
+        yield
+
+
 def _bar(what: str, total: int) -> Iterator[Tracker]:
     with Progress(
         SpinnerColumn(),

@@ -131,6 +131,10 @@ class Store:
                 else:
                     target.unlink(missing_ok=True)
 
+    def used_bytes(self) -> int:
+        """Return the bytes that the stages take already."""
+        return sum(f.stat().st_size for f in _files(self.root / "stages"))
+
     def log(self, stage: str, event: str, **more: Any) -> None:
         """Append one event to log.jsonl."""
         line = {"time": round(time.time(), 3), "stage": stage, "event": event, **more}

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tiny import random_vit
+from tiny_run import save_parent, write_recipe
 from torch import nn
+
+from slimfuse.pipeline import Run, compress
 
 
 @pytest.fixture
 def vit() -> nn.Module:
     """A random float64 ViT."""
     return random_vit()
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of the tiny run."""
+    return write_recipe(tmp_path_factory.mktemp("recipes") / "tiny.yaml")
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The finished, undisturbed tiny run; tests only look at it."""
+    return compress(tiny_recipe, out=tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def saved_parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with random parents `wide` (24 units) and `slim` (16 units)."""
+    root = tmp_path_factory.mktemp("parents")
+    save_parent(root / "wide", hidden_size=24, num_attention_heads=4, intermediate_size=32)
+    save_parent(root / "slim", seed=1)
+    return root

@@ -113,6 +113,12 @@ def test_self_fusion_at_equal_width_is_the_parent(vit: Any, stream: str) -> None
     assert gap(logits(fuse([vit], vit.config, stream=stream), x), logits(vit, x)) < FUSED
 
 
+def test_self_fusion_without_query_key_and_value_biases() -> None:
+    plain = random_vit(qkv_bias=False)
+    x = images(9)
+    assert gap(logits(fuse([plain], plain.config), x), logits(plain, x)) < FUSED
+
+
 @pytest.mark.parametrize("space", ["resid", "head", "qk", "vo", "mlp"])
 def test_fusing_undoes_a_permuted_copy(vit: Any, space: str) -> None:
     copy = moved(vit, maps_of(vit, (space,), permute))

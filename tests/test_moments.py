@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_any_chunks_give_what_one_shot_gives(
     x, y, w = rows(*shape)
     edges = sorted({0, len(x), *(c for c in cuts if c < len(x))})
     moments = Moments(x=shape[1], y=shape[2])
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         moments.update(w[a:b], x=x[a:b], y=y[a:b])
     same(moments, one_shot(x, y, w))
 

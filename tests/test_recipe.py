@@ -192,7 +192,8 @@ def test_the_recipe_imports_no_torch() -> None:
          "got: '3/2'; allowed: 'i/n' with 1 <= i <= n, as in '1/2'"),
         ("name: b", "name: a", "10: parents[1].name: is the name of parents[0] already; got: 'a'"),
         ("name: b", "name: onnx-int8", "10: parents[1].name: is the name of a report row; "
-         "got: 'onnx-int8'; allowed: any but fused, finetuned, onnx, onnx-int8, random-start"),
+         "got: 'onnx-int8'; allowed: any but fused, finetuned, onnx, onnx-int8, random-start, "
+         "subclone"),
         ("from: some/model", "from: ~bob/model", "9: parents[0].from: not a usable path; "
          "got: '~bob/model'; allowed: a path without another user's home (~user)"),
         ("from: some/model", 'from: "a\\0b"', "9: parents[0].from: not a usable text; "

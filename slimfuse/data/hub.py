@@ -60,7 +60,7 @@ def load_hub(
         raise DataError(
             "the data set could not be loaded",
             where=where,
-            got=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
             hint="give a folder on this machine, or a hub name while online",
         ) from error
     missing = [s for s in (train_split, test_split) if s not in loaded]

@@ -132,22 +132,6 @@ class ViT:
 
     def narrow(self, config: Any, shape: Shape) -> Any:
         """Return a copy of `config` with `shape`; ShapeError names the nearest legal width."""
-        width, heads = shape.hidden_size, shape.num_attention_heads
-        if width % heads:
-            below = max(heads, width // heads * heads)
-            raise ShapeError(
-                "hidden_size must be a multiple of num_attention_heads",
-                where="target",
-                got=f"hidden_size {width}, num_attention_heads {heads}",
-                allowed=f"hidden_size {below} or {(width // heads + 1) * heads}",
-            )
-        if width // heads < 2:
-            raise ShapeError(
-                "a head needs at least two units",
-                where="target",
-                got=f"hidden_size {width} in {heads} heads",
-                allowed=f"num_attention_heads up to {width // 2}",
-            )
         limits = self.shape(config)
         for key in Shape.__dataclass_fields__:
             if getattr(shape, key) > getattr(limits, key):
@@ -157,6 +141,24 @@ class ViT:
                     got=getattr(shape, key),
                     allowed=f"1 … {getattr(limits, key)}",
                 )
+        width, heads = shape.hidden_size, shape.num_attention_heads
+        legal = range(2 * heads, limits.hidden_size + 1, heads)
+        if not legal:
+            raise ShapeError(
+                "a head needs at least two units",
+                where="target.num_attention_heads",
+                got=f"{heads} heads, hidden_size up to {limits.hidden_size}",
+                allowed=f"num_attention_heads up to {limits.hidden_size // 2}",
+            )
+        if width not in legal:
+            near = sorted(sorted(legal, key=lambda w: abs(w - width))[:2])
+            raise ShapeError(
+                "hidden_size must be a multiple of num_attention_heads, with at least two units "
+                "a head",
+                where="target.hidden_size",
+                got=f"hidden_size {width}, num_attention_heads {heads}",
+                allowed=f"hidden_size {' or '.join(map(str, near))}",
+            )
         if shape.num_hidden_layers != limits.num_hidden_layers:
             raise ShapeError(
                 "the target must be as deep as its parents: layers can't be fused into fewer yet",
@@ -167,6 +169,8 @@ class ViT:
         narrowed = copy.deepcopy(config)
         for key in Shape.__dataclass_fields__:
             setattr(narrowed, key, getattr(shape, key))
+        if getattr(config, "pooler_output_size", None) == config.hidden_size:
+            narrowed.pooler_output_size = shape.hidden_size  # the class' own default: its width
         if hasattr(narrowed, "head_dim"):  # older stock versions don't know the key
             del narrowed.head_dim
         return narrowed
@@ -218,6 +222,7 @@ class ViT:
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name
                 attn_implementation=attention,
                 dtype=torch.float32,
             )
@@ -243,7 +248,8 @@ class ViT:
         """Return 2 x the multiply-adds of one image: matrices and attention products."""
         tokens, d = self._patches(config) + 1, config.hidden_size
         pixels = config.num_channels * config.patch_size**2
-        block = 4 * d * d + 2 * d * config.intermediate_size + 2 * tokens * d
+        inner = config.num_attention_heads * self.head_dims(config)
+        block = 4 * d * inner + 2 * d * config.intermediate_size + 2 * tokens * inner
         total = (tokens - 1) * pixels * d + tokens * block * config.num_hidden_layers
         return int(2 * (total + d * config.num_labels))
 

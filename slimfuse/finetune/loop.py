@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,8 +157,10 @@ def _save(
     if average is not None:
         tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
     tensors["history"] = torch.tensor(history, dtype=torch.float64)
-    temporary = path.with_suffix(".writing")
+    temporary = path.with_suffix(".writing")  # a stage forgets it, and keeps the whole one
     save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())  # else the name may outlive the content when the power fails
     temporary.replace(path)
 
 

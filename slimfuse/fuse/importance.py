@@ -26,7 +26,7 @@ def token_importance(
     generator = torch.Generator().manual_seed(0)
     pairs = list(zip(models, layouts, strict=True))
     totals: list[Tensor] = []
-    for batch, _ in zip(batches, range(BATCHES), strict=False):
+    for _, batch in zip(range(BATCHES), batches, strict=False):
         for model, layout in pairs:
             squares = _gradients(model, layout, batch, generator)
             totals.append(squares / squares.sum(1, keepdim=True).clamp_min(1e-30))
@@ -41,6 +41,8 @@ def _gradients(
     with torch.enable_grad():
         depths = []
         for x in walk.streams(model, layout, batch):
+            if not x.requires_grad:  # parents whose weights are frozen
+                x.requires_grad_()
             x.retain_grad()
             depths.append(x)
         logits = walk.apply(model, layout.head, walk.read_out(model, layout, depths[-1]))

@@ -72,3 +72,8 @@ def mlp(model: nn.Module, block: Block, stream: Tensor) -> tuple[Tensor, Tensor]
     with watch(model, units=block.down) as seen:
         out = apply(model, block.mlp, apply(model, block.mlp_norm, stream))
     return seen["units"], out
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return tokens (batch, tokens, d) as float64 rows (batch·tokens, d)."""
+    return x.reshape(-1, x.shape[-1]).double()

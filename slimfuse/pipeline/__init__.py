@@ -1,5 +1,5 @@
 """The pipeline: the only room that reads recipes."""
 
-from slimfuse.pipeline.compress import Run, compress, plan
+from slimfuse.pipeline.run import Run, compress, plan
 
 __all__ = ["Run", "compress", "plan"]

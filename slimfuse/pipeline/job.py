@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slimfuse.data import ImageData, load_digits, load_fashion_mnist, load_hub
+import numpy as np
+
+from slimfuse.data import ImageData, Split, load_digits, load_fashion_mnist, load_hub
 from slimfuse.errors import DataError, ParentError, ShapeError
 from slimfuse.families import FAMILIES, Family, Shape
 from slimfuse.finetune.loop import Precision, best_precision
@@ -25,13 +26,13 @@ DEFAULT_IMAGE_SIZE = 224
 
 @dataclass(frozen=True)
 class ParentJob:
-    """A parent that exists (`folder`, `digest` of its weights) or is to be trained (`train`)."""
+    """A parent that exists (`folder`, sha256 of its weights) or is to be trained (`train`)."""
 
     name: str
     weight: float
     config: Any
     folder: Path | None
-    digest: str | None
+    sha256: str | None
     train: Train | None
 
 
@@ -78,12 +79,13 @@ def prepare(recipe: Recipe, path: Path) -> Job:
             "the parents don't fit each other", where="parents", got="; ".join(mismatched)
         )
     _check_labels(configs, data)
-    target = family.narrow(
-        next(iter(configs.values())), target_shape(recipe.target, configs, family)
-    )
+    widest = max(configs.values(), key=lambda c: family.shape(c).hidden_size)
+    target = family.narrow(widest, target_shape(recipe.target, configs, family))
+    _check_width(family.shape(target).hidden_size, configs, family)
     processor = _processor(folders, data, size)
     for folder in folders.values():
         family.load(folder)  # strict, and sees a file that was cut off
+    _check_shards(recipe, data)
     parents = tuple(
         ParentJob(
             p.name,
@@ -111,11 +113,11 @@ def cores() -> int:
 def find_parent(parent: Parent, beside: Path) -> Path:
     """Return the local folder of a parent, fetching a hub id once; raises ParentError."""
     assert parent.from_ is not None
-    tried = [beside / parent.from_, Path(parent.from_)]
-    for folder in tried:
+    given = Path(parent.from_).expanduser()
+    for folder in (beside / given, given):
         if folder.is_dir():
             _need_files(parent.name, folder)
-            return folder.resolve()
+            return folder
     looks_local = parent.from_.startswith((".", "/", "~")) or parent.from_.count("/") != 1
     hint = "give a folder with config.json, model.safetensors and preprocessor_config.json"
     if looks_local:
@@ -177,16 +179,14 @@ def load_data(spec: Data, beside: Path, image_size: int) -> ImageData:
             label_column=spec.label_column,
             image_size=image_size,
         )
-    limited = copy.replace if hasattr(copy, "replace") else _replace
-    return limited(  # type: ignore[no-any-return]
-        data, train=data.train.head(spec.limit.train), test=data.test.head(spec.limit.test)
+    return replace(
+        data, train=_cut(data.train, spec.limit.train), test=_cut(data.test, spec.limit.test)
     )
 
 
-def _replace(data: ImageData, **changes: Any) -> ImageData:
-    from dataclasses import replace
-
-    return replace(data, **changes)
+def _cut(split: Split, limit: int | None) -> Split:
+    """Return at most `limit` samples: a seeded draw, since many sets are sorted by class."""
+    return split if limit is None or limit >= len(split) else split.sample(limit, seed=0)
 
 
 def trained_config(family: Family, train: Train, data: ImageData, size: int, name: str) -> Any:
@@ -264,6 +264,32 @@ def _check_labels(configs: Mapping[str, Any], data: ImageData) -> None:
             )
 
 
+def _check_width(width: int, configs: Mapping[str, Any], family: Family) -> None:
+    first, config = next(iter(configs.items()))
+    limit = family.shape(config).hidden_size
+    if width > limit:
+        raise ShapeError(
+            "the target is wider than the first parent, whose stream the others are brought into",
+            where="target.hidden_size",
+            got=width,
+            allowed=f"1 … {limit}, the width of {first}",
+            hint="put the widest parent first",
+        )
+
+
+def _check_shards(recipe: Recipe, data: ImageData) -> None:
+    for parent in recipe.parents:
+        if parent.train is not None:
+            count = int(parent.train.shard.split("/")[1])
+            if count > len(data.train):
+                raise DataError(
+                    "there are fewer training samples than shards",
+                    where=f"parents.{parent.name}.train.shard",
+                    got=parent.train.shard,
+                    allowed=f"up to {len(data.train)} shards",
+                )
+
+
 def _processor(folders: Mapping[str, Path], data: ImageData, size: int) -> Any:
     from slimfuse.tasks.image_classification import load_processor, make_processor
 
@@ -272,11 +298,8 @@ def _processor(folders: Mapping[str, Path], data: ImageData, size: int) -> Any:
         return make_processor(size, data.mean, data.std)
     (first, base), *others = found.items()
     for name, processor in others:
-        differing = [
-            f"{key}: {first} has {getattr(base, key, None)}, {name} has {getattr(processor, key, None)}"
-            for key in PROCESSOR_KEYS
-            if getattr(base, key, None) != getattr(processor, key, None)
-        ]
+        pairs = [(k, getattr(base, k, None), getattr(processor, k, None)) for k in PROCESSOR_KEYS]
+        differing = [f"{k}: {first} has {a}, {name} has {b}" for k, a, b in pairs if a != b]
         if differing:
             raise ParentError(
                 "the parents prepare images differently",
@@ -284,4 +307,14 @@ def _processor(folders: Mapping[str, Path], data: ImageData, size: int) -> Any:
                 got="; ".join(differing),
                 hint="fine-tune one of them on the other's preprocessing",
             )
+    made = base(images=np.zeros((size, size + 1, 3), np.uint8), return_tensors="np")
+    shape = tuple(made["pixel_values"].shape[1:])
+    if shape != (3, size, size) or {"height", "width"} - set(dict(base.size)):
+        raise ParentError(
+            "the image processor makes other images than the model takes",
+            where=str(folders[first] / "preprocessor_config.json"),
+            got=f"{' × '.join(map(str, shape))}, size {dict(base.size)}",
+            allowed=f"3 × {size} × {size}, size {{'height': {size}, 'width': {size}}}",
+            hint="save the processor with these sizes beside the model",
+        )
     return base

@@ -9,9 +9,10 @@ from jinja2 import Environment
 
 from slimfuse.errors import CheckFailed
 from slimfuse.pipeline.job import Job
+from slimfuse.progress import working
+from slimfuse.stock import verify
 from slimfuse.store import Stage
 from slimfuse.tasks.image_classification import Measured
-from slimfuse.verify import verify
 
 CARD = """\
 ---
@@ -23,14 +24,17 @@ metrics: [accuracy]
 # {{ name }}
 
 One {{ model_class }} of {{ shape }}, fused by slimfuse {{ version }} from
+
 {% for p in parents %}- **{{ p.name }}**: {{ p.shape }}, accuracy {{ p.accuracy }}
 {% endfor %}
-on `{{ data }}`, then finetuned for {{ steps }} steps with the parents as teachers.
+
+on `{{ data }}`, {{ training }}.
 
 | file | accuracy ({{ n }} test images, 95 % interval) |
 | --- | --- |
 {% for row in files %}| `{{ row.file }}` | {{ row.accuracy }} |
 {% endfor %}
+
 ```python
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained("path/to/this/folder")
@@ -54,8 +58,6 @@ def build_package(
 
     Raises CheckFailed when the exporter's own check or the clean process disagrees.
     """
-    from slimfuse_export import check_folder
-
     onnx = folder / "onnx"
     onnx.mkdir(exist_ok=True)
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
@@ -65,6 +67,13 @@ def build_package(
     if int8 is not None:
         shutil.copyfile(int8.path / "model_quantized.onnx", onnx / "model_quantized.onnx")
     (folder / "README.md").write_text(card, encoding="utf-8")
+    with working("checking the finished model in a process of its own"):
+        _prove(folder, job)
+
+
+def _prove(folder: Path, job: Job) -> None:
+    from slimfuse_export import check_folder
+
     failed = [r for r in check_folder(folder, atol=job.recipe.export.parity_atol) if not r.passed]
     if failed:
         raise CheckFailed(
@@ -79,6 +88,8 @@ def model_card(
 ) -> str:
     """Return README.md; it holds nothing that differs from run to run."""
     family = job.family
+    taught = ", ".join(t.name for t in job.teachers)
+    several = len(job.teachers) > 1
     template = Environment(autoescape=False, trim_blocks=True).from_string(CARD)  # noqa: S701 - Markdown
     return template.render(
         name=job.recipe.name,
@@ -90,7 +101,9 @@ def model_card(
             for p in job.parents
         ],
         data=job.data.name,
-        steps=steps,
+        training=f"then finetuned for {steps} steps with {taught} as teacher{'s' * several}"
+        if steps
+        else "not finetuned",
         n=len(job.data.test),
         files=[{"file": file, "accuracy": percent(m)} for file, m in files.items()],
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimfuse.pipeline.fusion_record import load_fusion
 from slimfuse.pipeline.job import Job
-from slimfuse.pipeline.plan import Plan
+from slimfuse.pipeline.planning import Plan
 from slimfuse.recipe import Gate
 from slimfuse.report import Figure, GateResult, Latency, Picture, Report, Row, Speedup
 from slimfuse.store import Stage
@@ -78,8 +78,8 @@ def make_report(m: Measurements) -> Report:
 
 
 def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
-    planned = {p.name: p for p in m.plan.models}
-    child = planned["child"]
+    *planned, child = m.plan.models
+    shapes = {p.name: p for p in planned}
 
     def timed(name: str) -> tuple[Latency, ...]:
         keys = Latency.__dataclass_fields__
@@ -93,7 +93,7 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
 
     rows = []
     for name, (folder, _) in m.parents.items():
-        p = planned[name]
+        p = shapes[name]
         rows.append(
             Row(name, "parent", figures(name), p.params, p.flops, _size(folder), timed(name),
                 m.parity[name], "latency of its ONNX file")
@@ -133,11 +133,11 @@ def _gate(gate: Gate, m: Measurements, speedups: tuple[Speedup, ...]) -> GateRes
         drop = m.measured[best].value - m.measured["onnx"].value
         return GateResult(
             "accuracy", f"at most {gate.limit:.2%} below parent {best}",
-            f"{drop:+.2%} below", drop <= gate.limit,
+            f"{abs(drop):.2%} {'below' if drop > 0 else 'above'}", drop <= gate.limit,
         )  # fmt: skip
-    planned = {p.name: p for p in m.plan.models}
     if gate.metric == "params":
-        ratio = planned["child"].params / planned[best].params
+        *planned, child = m.plan.models
+        ratio = child.params / next(p.params for p in planned if p.name == best)
         return GateResult(
             "params", f"at most {gate.limit:g} of parent {best}'s", f"{ratio:.3f}",
             ratio <= gate.limit,
@@ -162,7 +162,7 @@ def _warnings(m: Measurements, latencies: list[dict[str, Any]]) -> list[str]:
     out = []
     noisy = sorted({entry["name"] for entry in latencies if entry["noisy"]})
     if noisy:
-        out.append(f"the machine was busy while {', '.join(noisy)} was timed: measure again")
+        out.append(f"the machine was busy while timing {', '.join(noisy)}: measure again")
     if m.int8_dropped:
         drop = m.measured["onnx"].value - m.measured["onnx-int8"].value
         out.append(f"INT8 loses {drop:.2%} of accuracy, more than max_drop: it was not shipped")
@@ -265,7 +265,7 @@ def _part_pictures(fusion: dict[str, Any]) -> list[Picture]:
     worst = max(fusion["parts"], key=lambda p: p["error"])
     errors = fusion["stream_errors"]
     parents = fusion["parents"]
-    masses = {}
+    masses: dict[str, dict[str, list[float]]] = {}
     for kind, label in (("q_proj", "heads"), ("fc1", "MLP units")):
         for part in fusion["parts"]:
             if part["part"] == kind:

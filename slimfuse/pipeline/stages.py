@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slimfuse import __version__
-from slimfuse.errors import CheckFailed
 from slimfuse.finetune.distill import distillation_loss, labels_loss, soft_targets
 from slimfuse.finetune.loop import Schedule, fit, steps_of
 from slimfuse.fuse.baselines import subclone
-from slimfuse.fuse.refit import Parent, Settings, refit
-from slimfuse.onnx import export_onnx
+from slimfuse.fuse.refit import Settings, refit
+from slimfuse.fuse.union import Parent
 from slimfuse.pipeline.fusion_record import save_fusion
 from slimfuse.pipeline.job import Job, ParentJob
 from slimfuse.recipe import Train
-from slimfuse.store import Stage, Store, writing
+from slimfuse.store import CHECKPOINT, KEY_LENGTH, Stage, Store, digest
 from slimfuse.tasks.image_classification import (
     Measured,
     Pixels,
     accuracy,
     augment,
-    load_processor,
     logits,
 )
 
-PARITY_BATCHES = (1, 3, 5)  # the graph is traced with 2
-PARITY_RTOL = 1e-4
 EVALUATION_BATCH = 256
 
 
@@ -55,7 +51,7 @@ class Stages:
         self._pixels: dict[str, Pixels] = {}
         self.base = {
             "slimfuse": __version__,
-            "torch": str(torch.__version__),
+            "versions": {name: version(name) for name in ("torch", "transformers")},
             "threads": job.threads,
             "processor": _plain(job.processor.to_dict()),
             "data": job.data.fingerprint,
@@ -67,8 +63,8 @@ class Stages:
     def parent(self, parent: ParentJob) -> tuple[Path, str]:
         """Return a parent's folder and what its content is known by, training it if asked."""
         if parent.folder is not None:
-            assert parent.digest is not None
-            return parent.folder, parent.digest
+            content = {"weights": parent.sha256, "config": _config(parent.config)}
+            return parent.folder, digest(content)[:KEY_LENGTH]
         assert parent.train is not None
         inputs = self.base | {
             "config": _config(parent.config),
@@ -97,7 +93,7 @@ class Stages:
                 train.weight_decay, train.warmup, None, train.seed,
             ),
             precision=self.job.precision,
-            checkpoint=folder / "checkpoint.safetensors",
+            checkpoint=folder / CHECKPOINT,
             what=f"training parent {parent.name}",
         )  # fmt: skip
         self._save(model, folder)
@@ -194,7 +190,7 @@ class Stages:
                 len(pixels),
                 self.finetune_schedule,
                 precision=self.job.precision,
-                checkpoint=folder / "checkpoint.safetensors",
+                checkpoint=folder / CHECKPOINT,
                 what=f"finetuning {'the child' if kind == 'fused' else kind}",
             )
             self._save(model, folder)
@@ -246,119 +242,6 @@ class Stages:
         made = self.store.stage(f"scores-{stage.name}", self.base | {"model": stage.key}, build)
         return load_file(made.path / "logits.safetensors")["test"]
 
-    # -- ONNX -------------------------------------------------------------------------------
-
-    def onnx(self, name: str, model_folder: Path, key: str) -> tuple[Stage, float]:
-        """Return the ONNX file of a model and its largest difference from torch's logits."""
-        from slimfuse_export import CheckFailed as ExportCheckFailed
-        from slimfuse_export import check_parity, save_reference
-
-        opset, atol = self.recipe.export.opset, self.recipe.export.parity_atol
-
-        def build(folder: Path) -> None:
-            model = self.job.family.load(model_folder, attention="eager")
-            pixels = self.pixels("test")
-            count = len(pixels)
-            export_onnx(model, pixels[torch.arange(2) % count], folder / "model.onnx", opset=opset)
-            cases, gaps = [], []
-            for batch in PARITY_BATCHES:
-                x = pixels[torch.arange(batch) % count]
-                with torch.no_grad():
-                    want = model(pixel_values=x).logits.numpy()
-                try:
-                    gaps.append(
-                        check_parity(
-                            folder / "model.onnx", {"pixel_values": x.numpy()}, want,
-                            atol=atol, rtol=PARITY_RTOL, threads=self.job.threads,
-                        ).max_abs
-                    )  # fmt: skip
-                except ExportCheckFailed as error:
-                    raise CheckFailed(
-                        f"the ONNX file of {name} gives other logits than torch (batch {batch})",
-                        where=str(error.where), got=error.got, allowed=error.allowed,
-                    ) from error  # fmt: skip
-                cases.append(({"pixel_values": x.numpy()}, {"logits": want}))
-            save_reference(folder / "samples.npz", cases)
-            (folder / "parity.json").write_text(json.dumps({"max_abs": max(gaps)}))
-
-        inputs = self.base | {"model": key, "opset": opset, "atol": atol}
-        stage = self.store.stage(f"onnx-{name}", inputs, build)
-        return stage, float(json.loads((stage.path / "parity.json").read_text())["max_abs"])
-
-    def quantised(self, exported: Stage) -> Stage:
-        """Return the INT8 file of an ONNX stage."""
-        from slimfuse_export import quantization_plan, quantize_dynamic_int8
-
-        plan = quantization_plan()
-
-        def build(folder: Path) -> None:
-            quantize_dynamic_int8(
-                exported.path / "model.onnx", folder / "model_quantized.onnx",
-                reduce_range=plan.reduce_range,
-            )  # fmt: skip
-
-        inputs = {"onnx": exported.key, "reduce_range": plan.reduce_range}
-        return self.store.stage("int8", inputs, build)
-
-    def onnx_scores(self, stage: Stage, file: str, saved: Path) -> Tensor:
-        """Return the test logits of an ONNX file, through the *saved* processor of `saved`."""
-        from slimfuse_export import open_session
-
-        def build(folder: Path) -> None:
-            session = open_session(stage.path / file, threads=self.job.threads)
-            pixels = Pixels(self.job.data.test, load_processor(saved))
-            parts = [
-                session.run(["logits"], {"pixel_values": pixels[chunk].numpy()})[0]
-                for chunk in _chunks(len(pixels), EVALUATION_BATCH)
-            ]
-            scores = torch.from_numpy(np.concatenate(parts))
-            save_file({"test": scores}, folder / "logits.safetensors")
-
-        made = self.store.stage(
-            f"scores-{stage.name}", self.base | {"model": stage.key, "file": file}, build
-        )
-        return load_file(made.path / "logits.safetensors")["test"]
-
-    def latency(self, models: Mapping[str, tuple[Path, str]]) -> Stage:
-        """Return a stage whose bench.json holds interleaved latencies of ONNX files by name."""
-        from slimfuse_export import bench
-
-        from slimfuse.progress import track
-
-        spec = self.recipe.bench
-
-        def build(folder: Path) -> None:
-            with track("measuring latency", 100) as tell:
-                result = bench(
-                    {name: path for name, (path, _) in models.items()},
-                    threads=spec.threads,
-                    batch=spec.batch,
-                    warmup=spec.warmup,
-                    min_seconds=spec.min_seconds,
-                    seed=self.recipe.runtime.seed,
-                    progress=lambda share, label: tell(round(100 * share), label),
-                )
-            conditions = [(t, b) for t in spec.threads for b in spec.batch]
-            ratios = [
-                asdict(result.ratio(base, other, threads=t, batch=b))
-                for base in models
-                for other in models
-                if base in {p.name for p in self.job.parents} and other.startswith("onnx")
-                for t, b in conditions
-            ]
-            kept = {
-                "latencies": [asdict(entry) for entry in result.latencies],
-                "ratios": ratios,
-                "environment": {k: str(v) for k, v in result.environment.items()},
-            }
-            (folder / "bench.json").write_text(json.dumps(kept, indent=1))
-
-        inputs = {
-            "models": {name: key for name, (_, key) in models.items()},
-            "bench": spec.model_dump(mode="json"),
-        }
-        return self.store.stage("bench", inputs, build)
-
     # -- helpers ----------------------------------------------------------------------------
 
     def pixels(self, part: str) -> Pixels:
@@ -376,17 +259,12 @@ class Stages:
         return accuracy(scores, self.job.data.test.labels)
 
     def _save(self, model: nn.Module, folder: Path) -> None:
-        with writing(folder):
-            model.save_pretrained(folder)  # type: ignore[operator]
-            self.job.processor.save_pretrained(folder)
+        model.save_pretrained(folder)  # type: ignore[operator]
+        self.job.processor.save_pretrained(folder)
 
 
 def _batches(pixels: Pixels, kinds: Any) -> Callable[[Tensor], Tensor]:
     return lambda indices: augment(pixels[indices], kinds)
-
-
-def _chunks(count: int, size: int) -> list[Tensor]:
-    return [torch.arange(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def _config(config: Any) -> dict[str, Any]:

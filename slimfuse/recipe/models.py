@@ -27,7 +27,7 @@ from slimfuse.recipe.strict import (
     as_tuple,
 )
 
-RESERVED_NAMES = ("fused", "finetuned", "onnx", "onnx-int8", "random-start")
+RESERVED_NAMES = ("fused", "finetuned", "onnx", "onnx-int8", "random-start", "subclone")
 """Names of the report's other rows, so no parent may have them."""
 
 GATE_LIMITS = {"accuracy": "max_drop", "latency_p50": "min_speedup", "params": "max_ratio"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,17 +29,21 @@ model, info = AutoModelForImageClassification.from_pretrained(
 processor = AutoImageProcessor.from_pretrained(folder)
 problems = {k: sorted(map(str, v)) for k, v in info.items() if v}
 saved = np.load(folder + "/onnx/samples.npz", allow_pickle=False)
-gap, scale = 0.0, 0.0
+gap, scale, samples = 0.0, 0.0, 0
 with torch.no_grad():
     for key in saved.files:
         if key.endswith("inputs/pixel_values"):
             case = key.split("/")[0]
             got = model.eval()(pixel_values=torch.from_numpy(saved[key])).logits.numpy()
             want = saved[case + "/outputs/logits"]
-            gap = max(gap, float(np.abs(got - want).max()))
+            if got.shape != want.shape:
+                problems["shape of the logits"] = [str(got.shape), str(want.shape)]
+                continue
+            samples += len(want)
+            gap = float(np.maximum(gap, np.abs(got - want).max()))  # keeps a NaN, unlike max()
             scale = max(scale, float(np.abs(want).max()))
 print("RESULT " + json.dumps({"class": type(model).__name__, "processor": type(processor).__name__,
-      "problems": problems, "gap": gap, "scale": scale,
+      "problems": problems, "gap": gap, "scale": scale, "samples": samples,
       "parameters": sum(p.numel() for p in model.parameters())}))
 """
 
@@ -69,18 +74,26 @@ def verify(folder: Path, *, threads: int = 1) -> Verified:
             hint="give the `model` folder of a run that has finished",
         )
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder.resolve()), str(threads)],
-        capture_output=True, text=True, check=False,
+        # -P: nothing in the current folder may stand in for an installed package
+        [sys.executable, "-P", "-c", SCRIPT, str(folder.resolve()), str(threads)],
+        capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise CheckFailed("stock classes can't open the folder", where=str(folder), got=last)
     result = json.loads(lines[0].removeprefix("RESULT "))
-    gap = result["gap"] / max(result["scale"], 1e-12)
+    gap = result["gap"] / (result["scale"] or 1.0)
     if result["problems"]:
         raise CheckFailed(
-            "weights don't fit the stock class", where=str(folder), got=result["problems"]
+            "weights don't fit the stock class",
+            where=str(folder),
+            got="; ".join(f"{what}: {', '.join(n[:5])}" for what, n in result["problems"].items()),
+        )
+    if not result["samples"]:
+        raise CheckFailed(
+            "the folder holds no logits of its run to compare with",
+            where=str(folder / "onnx/samples.npz"),
         )
     if not gap <= TOLERANCE:
         raise CheckFailed(

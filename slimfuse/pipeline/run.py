@@ -14,12 +14,13 @@ from ruamel.yaml import YAML
 
 from slimfuse import __version__
 from slimfuse.finetune.loop import steps_of
+from slimfuse.pipeline.deployment import Deployment
 from slimfuse.pipeline.job import Job, prepare
 from slimfuse.pipeline.package import build_package, model_card
-from slimfuse.pipeline.plan import Plan, check_disk, make_plan
+from slimfuse.pipeline.planning import Plan, check_disk, make_plan
 from slimfuse.pipeline.results import Measurements, make_report
 from slimfuse.pipeline.stages import Stages
-from slimfuse.progress import console
+from slimfuse.progress import console, working
 from slimfuse.recipe import load_recipe
 from slimfuse.report import Report, render_html, to_json
 from slimfuse.store import Store, write_text
@@ -74,6 +75,7 @@ def compress(
 
 def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
     stages = Stages(job, store)
+    deployment = Deployment(stages)
     say = _teller()
     measured: dict[str, Measured] = {}
 
@@ -97,13 +99,13 @@ def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
         measured[name] = stages.accuracy(stages.scores(baselines[name]))
         say(f"baseline {name}", measured[name])
 
-    exported, parity = stages.onnx("child", finetuned.path, finetuned.key)
-    measured["onnx"] = stages.accuracy(stages.onnx_scores(exported, "model.onnx", finetuned.path))
+    exported, parity = deployment.export("child", finetuned.path, finetuned.key)
+    measured["onnx"] = stages.accuracy(deployment.scores(exported, "model.onnx", finetuned.path))
     int8 = None
     if job.recipe.export.quantize.mode != "none":
-        int8 = stages.quantised(exported)
+        int8 = deployment.quantised(exported)
         measured["onnx-int8"] = stages.accuracy(
-            stages.onnx_scores(int8, "model_quantized.onnx", finetuned.path)
+            deployment.scores(int8, "model_quantized.onnx", finetuned.path)
         )
         say("ONNX INT8", measured["onnx-int8"])
     drop = measured["onnx"].value - measured["onnx-int8"].value if int8 is not None else 0.0
@@ -129,12 +131,12 @@ def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
     models: dict[str, tuple[Path, str]] = {}
     parent_parity = {}
     for name, (folder, key) in parents.items():
-        parent_onnx, parent_parity[name] = stages.onnx(name, folder, key)
+        parent_onnx, parent_parity[name] = deployment.export(name, folder, key)
         models[name] = (parent_onnx.path / "model.onnx", parent_onnx.key)
     models["onnx"] = (exported.path / "model.onnx", exported.key)
     if int8 is not None:
         models["onnx-int8"] = (int8.path / "model_quantized.onnx", int8.key)
-    latency = stages.latency(models)
+    latency = deployment.latency(models)
 
     report = make_report(
         Measurements(
@@ -146,9 +148,12 @@ def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
             | {"finetuned": stages.scores(finetuned)},
         )
     )  # fmt: skip
-    model = store.publish(package.path, "model")
+    with working("drawing the report"):
+        html = render_html(report)
+    store.withdraw("report.json", "report.html")  # never a report beside another model
+    model = store.publish(package, "model")
     write_text(store.root / "report.json", to_json(report))
-    write_text(store.root / "report.html", render_html(report))
+    write_text(store.root / "report.html", html)
     store.log("run", "done", gates=all(g.passed for g in report.gates))
     return Run(store.root, model, report)
 
@@ -165,9 +170,9 @@ def write_lock(job: Job, store: Store) -> None:
     yaml.default_flow_style = False
     yaml.dump(lock_of(job), text)
     path = store.root / "recipe.lock.yaml"
-    if path.is_file() and path.read_text(encoding="utf-8") != text.getvalue():
+    if not path.is_file() or path.read_bytes() != text.getvalue().encode():
         store.withdraw("report.json", "report.html", "model")
-    write_text(path, text.getvalue())
+        write_text(path, text.getvalue())
 
 
 def lock_of(job: Job) -> dict[str, Any]:
@@ -177,7 +182,7 @@ def lock_of(job: Job) -> dict[str, Any]:
 
     return {
         "slimfuse": __version__,
-        "recipe": job.recipe.to_lock(),
+        "recipe": _without_machine_paths(job.recipe.to_lock()),
         "resolved": {
             "threads": job.threads,
             "precision": job.precision,
@@ -191,9 +196,18 @@ def lock_of(job: Job) -> dict[str, Any]:
         },
         "sha256": {
             "data": job.data.fingerprint,
-            "parents": {p.name: p.digest for p in job.parents if p.digest is not None},
+            "parents": {p.name: p.sha256 for p in job.parents if p.sha256 is not None},
         },
     }
+
+
+def _without_machine_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Keep the last name of absolute paths: what they hold is known by its sha256."""
+    for place, key in [(recipe["data"], "path"), *((p, "from") for p in recipe["parents"])]:
+        path = Path(place[key] or "")
+        if path.is_absolute() or path.parts[:1] == ("~",):
+            place[key] = f"…/{path.name}"
+    return recipe
 
 
 def _shape_keys(job: Job) -> list[str]:

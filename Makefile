@@ -1,0 +1,53 @@
+# make demo   install, fuse two digit classifiers, print a table and where the report lies
+# make test   install with the test extras, lint, run the suite
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SOURCES := slimfuse export tests benchmarks
+
+.PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist clean
+
+demo: install
+	$(BIN)/slimfuse compress recipes/vit/digits.yaml
+
+test: install-test lint
+	$(BIN)/python -m pytest
+
+lint: install-test
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: install-test
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench-digits: install
+	$(BIN)/python benchmarks/digits.py
+
+bench-fashion-mnist: install
+	$(BIN)/python benchmarks/fashion_mnist.py
+
+install: .venv/.installed
+install-test: .venv/.installed-test
+
+.venv/.created:
+	$(PYTHON) -c 'import sys; sys.exit("slimfuse needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# torch first and pinned: an unpinned one brings gigabytes of CUDA packages
+.venv/.installed: .venv/.created constraints.txt pyproject.toml export/pyproject.toml
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e ./export -e .
+	@if $(PIP) list 2>/dev/null | grep -iE '^(nvidia|triton)'; then \
+	  echo "CUDA packages were installed: point pip at an index with the CPU build of torch," \
+	       "remove .venv and try again"; exit 1; fi
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(PIP) install -c constraints.txt -e ./export -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

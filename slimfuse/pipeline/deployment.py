@@ -1,0 +1,158 @@
+"""The stages after training: ONNX files, their INT8 copies, their accuracy and latency."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from slimfuse_export import CheckFailed as ExportCheckFailed
+from slimfuse_export import (
+    bench,
+    check_parity,
+    environment,
+    open_session,
+    quantization_plan,
+    quantize_dynamic_int8,
+    save_reference,
+)
+from torch import Tensor
+
+from slimfuse.errors import CheckFailed
+from slimfuse.onnx import export_onnx
+from slimfuse.pipeline.stages import EVALUATION_BATCH, Stages
+from slimfuse.progress import track, working
+from slimfuse.store import Stage
+from slimfuse.tasks.image_classification import Pixels, load_processor
+
+PARITY_BATCHES = (1, 3, 5)  # the graph is traced with 2
+PARITY_RTOL = 1e-4
+CHILDREN = ("onnx", "onnx-int8")
+
+
+class Deployment:
+    """What `Stages` made, as files for onnxruntime; each method returns a finished stage."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages, self.job, self.store = stages, stages.job, stages.store
+        self.recipe, self.base = stages.recipe, stages.base
+
+    def export(self, name: str, model_folder: Path, key: str) -> tuple[Stage, float]:
+        """Return the ONNX file of a model and its largest difference from torch's logits."""
+        opset, atol = self.recipe.export.opset, self.recipe.export.parity_atol
+
+        def build(folder: Path) -> None:
+            model = self.job.family.load(model_folder, attention="eager")
+            pixels = self.stages.pixels("test")
+            count = len(pixels)
+            example = pixels[torch.arange(2) % count]
+            with working(f"exporting {name} to ONNX"):
+                export_onnx(model, example, folder / "model.onnx", opset=opset)
+            cases, gaps = [], []
+            for batch in PARITY_BATCHES:
+                x = pixels[torch.arange(batch) % count]
+                with torch.no_grad():
+                    want = model(pixel_values=x).logits.numpy()
+                try:
+                    gaps.append(
+                        check_parity(
+                            folder / "model.onnx", {"pixel_values": x.numpy()}, want,
+                            atol=atol, rtol=PARITY_RTOL, threads=self.job.threads,
+                        ).max_abs
+                    )  # fmt: skip
+                except ExportCheckFailed as error:
+                    raise CheckFailed(
+                        f"the ONNX file of {name} gives other logits than torch (batch {batch})",
+                        where=str(error.where), got=error.got, allowed=error.allowed,
+                    ) from error  # fmt: skip
+                cases.append(({"pixel_values": x.numpy()}, {"logits": want}))
+            save_reference(folder / "samples.npz", cases)
+            (folder / "parity.json").write_text(json.dumps({"max_abs": max(gaps)}))
+
+        inputs = self.base | {"model": key, "opset": opset, "atol": atol, "tools": _tools()}
+        stage = self.store.stage(f"onnx-{name}", inputs, build)
+        return stage, float(json.loads((stage.path / "parity.json").read_text())["max_abs"])
+
+    def quantised(self, exported: Stage) -> Stage:
+        """Return the INT8 file of an ONNX stage."""
+        plan = quantization_plan()
+
+        def build(folder: Path) -> None:
+            with working("quantising to INT8"):
+                quantize_dynamic_int8(
+                    exported.path / "model.onnx", folder / "model_quantized.onnx",
+                    reduce_range=plan.reduce_range,
+                )  # fmt: skip
+
+        inputs = {"onnx": exported.key, "reduce_range": plan.reduce_range, "tools": _tools()}
+        return self.store.stage("int8", inputs, build)
+
+    def scores(self, stage: Stage, file: str, saved: Path) -> Tensor:
+        """Return the test logits of an ONNX file, through the *saved* processor of `saved`."""
+
+        def build(folder: Path) -> None:
+            session = open_session(stage.path / file, threads=self.job.threads)
+            pixels = Pixels(self.job.data.test, load_processor(saved))
+            parts = [
+                session.run(["logits"], {"pixel_values": pixels[chunk].numpy()})[0]
+                for chunk in _chunks(len(pixels), EVALUATION_BATCH)
+            ]
+            scores = torch.from_numpy(np.concatenate(parts))
+            save_file({"test": scores}, folder / "logits.safetensors")
+
+        made = self.store.stage(
+            f"scores-{stage.name}",
+            self.base | {"model": stage.key, "file": file, "tools": _tools()},
+            build,
+        )
+        return load_file(made.path / "logits.safetensors")["test"]
+
+    def latency(self, models: Mapping[str, tuple[Path, str]]) -> Stage:
+        """Return a stage whose bench.json holds interleaved latencies of ONNX files by name."""
+        spec = self.recipe.bench
+
+        def build(folder: Path) -> None:
+            with track("measuring latency", 100) as tell:
+                result = bench(
+                    {name: path for name, (path, _) in models.items()},
+                    threads=spec.threads,
+                    batch=spec.batch,
+                    warmup=spec.warmup,
+                    min_seconds=spec.min_seconds,
+                    seed=self.recipe.runtime.seed,
+                    progress=lambda share, label: tell(round(100 * share), label),
+                )
+            conditions = [(t, b) for t in spec.threads for b in spec.batch]
+            ratios = [
+                asdict(result.ratio(base, other, threads=t, batch=b))
+                for base in models
+                for other in models
+                if base in {p.name for p in self.job.parents} and other in CHILDREN
+                for t, b in conditions
+            ]
+            kept = {
+                "latencies": [asdict(entry) for entry in result.latencies],
+                "ratios": ratios,
+                "environment": {k: str(v) for k, v in result.environment.items()},
+            }
+            (folder / "bench.json").write_text(json.dumps(kept, indent=1))
+
+        inputs = {
+            "models": {name: key for name, (_, key) in models.items()},
+            "bench": spec.model_dump(mode="json"),
+            "machine": environment(),  # what was timed elsewhere is no figure of this machine
+        }
+        return self.store.stage("bench", inputs, build)
+
+
+def _chunks(count: int, size: int) -> list[Tensor]:
+    return [torch.arange(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def _tools() -> dict[str, str]:
+    return {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")}

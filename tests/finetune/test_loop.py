@@ -1,0 +1,260 @@
+"""The training loop: exact resume, every sample once an epoch, losses that are what they say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import shake, vit_config
+from torch import Tensor, nn
+
+from slimfuse.errors import SlimfuseError
+from slimfuse.families import ViT
+from slimfuse.finetune import loop
+from slimfuse.finetune.distill import distillation_loss, labels_loss, soft_targets
+from slimfuse.finetune.loop import Schedule, batch_indices, fit, steps_of
+
+SAMPLES, STEPS = 23, 9
+
+
+def model() -> Any:
+    # dropout, so that the random numbers of a step matter
+    config = vit_config(
+        hidden_size=6, num_attention_heads=2, intermediate_size=7, num_hidden_layers=1,
+        hidden_dropout_prob=0.2,
+    )  # fmt: skip
+    return shake(ViT().build(config), seed=0)
+
+
+def inputs() -> Tensor:
+    return torch.randn(SAMPLES, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def labels() -> Tensor:
+    return torch.arange(SAMPLES) % 7
+
+
+def learn() -> loop.Loss:
+    x = inputs()
+    # noise from the global generator, as augmentation draws it
+    return labels_loss(lambda i: x[i] + 0.1 * torch.randn(len(i), 3, 6, 6), labels())
+
+
+def train(net: nn.Module, loss: loop.Loss, folder: Path, ema: float | None) -> list[float]:
+    return fit(
+        net,
+        loss,
+        SAMPLES,
+        Schedule(steps=STEPS, batch_size=5, lr=1e-2, ema=ema, seed=3),
+        precision="fp32",
+        checkpoint=folder / "train.safetensors",
+        what="testing",
+    )
+
+
+class Interrupted(Exception):
+    """What a test throws into the loop."""
+
+
+def stopping(loss: loop.Loss, after: int) -> loop.Loss:
+    calls = iter(range(after))
+
+    def stop(net: nn.Module, indices: Tensor) -> Tensor:
+        if next(calls, None) is None:
+            raise Interrupted
+        return loss(net, indices)
+
+    return stop
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("after", [1, 4, STEPS - 1])
+def test_resumed_training_ends_bit_identical(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None, after: int
+) -> None:
+    undisturbed, disturbed = model(), model()
+    want = train(undisturbed, learn(), tmp_path, ema)
+
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(Interrupted):
+        train(disturbed, stopping(learn(), after), tmp_path, ema)
+    assert (tmp_path / "train.safetensors").is_file()
+    torch.manual_seed(12345)  # another process starts elsewhere
+    resumed = model()
+    steps: list[Tensor] = []
+
+    def counted(net: nn.Module, indices: Tensor) -> Tensor:
+        steps.append(indices)
+        return learn()(net, indices)
+
+    got = train(resumed, counted, tmp_path, ema)
+    assert len(steps) == STEPS - after  # it went on, it didn't start again
+    assert got == want
+    for name, value in undisturbed.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert not (tmp_path / "train.safetensors").exists()
+
+
+def test_training_changes_every_parameter_and_ends_in_evaluation_mode(tmp_path: Path) -> None:
+    net, start = model(), model().state_dict()
+    history = train(net, learn(), tmp_path, None)
+    assert len(history) == STEPS and all(math.isfinite(v) for v in history)
+    assert not net.training
+    for name, value in net.state_dict().items():
+        if "k_proj.bias" not in name:  # a constant over keys leaves the softmax as it was
+            assert not torch.equal(value, start[name]), name
+
+
+def test_the_average_is_the_mean_that_its_decay_says(tmp_path: Path) -> None:
+    seen: list[dict[str, Tensor]] = []
+    loss = learn()
+
+    def watched(net: nn.Module, indices: Tensor) -> Tensor:
+        seen.append({k: v.detach().clone().double() for k, v in net.state_dict().items()})
+        return loss(net, indices)
+
+    averaged, last = model(), model()
+    train(averaged, watched, tmp_path, 0.9)
+    train(last, learn(), tmp_path, None)
+    after = [*seen[1:], {k: v.double() for k, v in last.state_dict().items()}]
+    for name, value in averaged.state_dict().items():
+        mean = after[0][name]
+        for weights in after[1:]:
+            mean = 0.9 * mean + 0.1 * weights[name]
+        # float32 sums of nine terms
+        torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path: Path) -> None:
+    loss = learn()
+    count = iter(range(STEPS))
+
+    def broken(net: nn.Module, indices: Tensor) -> Tensor:
+        return loss(net, indices) * (math.inf if next(count) == 2 else 1)
+
+    with pytest.raises(SlimfuseError, match="not finite at step 2 while testing") as caught:
+        train(model(), broken, tmp_path, None)
+    assert "learning rate" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("samples", "size"), [(23, 5), (20, 5), (7, 11), (1, 1)])
+def test_the_batches_of_an_epoch_hold_each_sample_once(samples: int, size: int) -> None:
+    per_epoch = steps_of(samples, 1, size)
+    epochs = []
+    for epoch in range(3):
+        batches = [batch_indices(samples, epoch * per_epoch + s, size, 1) for s in range(per_epoch)]
+        assert all(1 <= len(b) <= size for b in batches)
+        order = torch.cat(batches)
+        assert sorted(order.tolist()) == list(range(samples))
+        epochs.append(order.tolist())
+    if samples > 7:
+        assert epochs[0] != epochs[1] != epochs[2]
+        assert epochs[0] != list(range(samples))
+
+
+def test_the_order_depends_on_the_seed() -> None:
+    assert not torch.equal(batch_indices(23, 0, 23, 1), batch_indices(23, 0, 23, 2))
+    assert torch.equal(batch_indices(23, 4, 5, 1), batch_indices(23, 4, 5, 1))
+
+
+def test_the_rate_warms_up_linearly_and_ends_along_half_a_cosine() -> None:
+    schedule = Schedule(steps=20, warmup=0.2)
+    rates = [loop._factor(s, schedule) for s in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:] == pytest.approx(
+        [0.5 * (1 + math.cos(math.pi * k / 16)) for k in range(16)], rel=1e-12
+    )
+    assert rates[12] == pytest.approx(0.5)
+
+
+def test_only_matrices_decay() -> None:
+    net = model()
+    names = {id(p): n for n, p in net.named_parameters()}
+    decayed, kept = loop._groups(net, 0.05)
+    assert {names[id(p)] for p in decayed["params"]} == {  # type: ignore[attr-defined]
+        n for n in names.values()
+        if n.endswith("weight") and "layernorm" not in n and "embeddings.p" not in n
+    } | {"vit.embeddings.patch_embeddings.projection.weight"}  # fmt: skip
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)  # type: ignore[arg-type]
+
+
+class Fixed(nn.Module):
+    """A model that gives the logits it holds."""
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(scores)
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        return type("Out", (), {"logits": self.scores[pixel_values]})
+
+
+def distil(student: Tensor, teacher: Tensor, t: float, hardness: float) -> tuple[Tensor, Tensor]:
+    net = Fixed(student)
+    teach: Callable[[Tensor, Tensor], Tensor] = lambda i, x: soft_targets([teacher[i]], [1.0], t)  # noqa: E731
+    loss = distillation_loss(
+        lambda i: i, torch.arange(11) % 7, teach, temperature=t, hardness=hardness
+    )
+    value = loss(net, torch.tensor([0, 3, 10, 7]))
+    value.backward()
+    assert net.scores.grad is not None
+    return value.detach(), net.scores.grad
+
+
+def scores(seed: int) -> Tensor:
+    return 3 * torch.randn(11, 7, generator=torch.Generator().manual_seed(seed))
+
+
+SINGLE = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums of seven classes
+
+
+def test_distillation_without_teachers_is_cross_entropy() -> None:
+    value, _ = distil(scores(0), scores(1), 4.0, 0.0)
+    chosen = torch.tensor([0, 3, 10, 7])
+    want = nn.functional.cross_entropy(scores(0)[chosen], chosen % 7)
+    torch.testing.assert_close(value, want, **SINGLE)
+    other, _ = distil(scores(0), scores(2), 2.0, 0.0)
+    assert torch.equal(value, other)  # whatever the teachers say
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_distillation_at_the_teachers_own_logits_is_zero_with_zero_gradient(
+    temperature: float,
+) -> None:
+    value, gradient = distil(scores(0), scores(0) + 5, temperature, 1.0)  # a shift means nothing
+    torch.testing.assert_close(value, torch.tensor(0.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradient, torch.zeros(11, 7), rtol=0, atol=1e-6)
+    _, apart = distil(scores(0), scores(1), temperature, 1.0)
+    assert float(apart.abs().max()) > 0.01
+
+
+def test_distillation_is_hintons_formula_and_mixes_linearly() -> None:
+    student, teacher, t = scores(0), scores(1), 3.0
+    chosen = torch.tensor([0, 3, 10, 7])
+    p, q = ((s[chosen].double() / t).softmax(-1) for s in (teacher, student))
+    soft = float((p * (p / q).log()).sum(-1).mean()) * t * t
+    hard = float(-student[chosen].double().log_softmax(-1)[range(4), chosen % 7].mean())
+    for hardness in (0.0, 0.3, 1.0):
+        value, _ = distil(student, teacher, t, hardness)
+        want = hardness * soft + (1 - hardness) * hard
+        assert float(value) == pytest.approx(want, rel=1e-5)  # float32
+
+
+def test_soft_targets_are_the_weighted_mean_of_probabilities() -> None:
+    found = soft_targets([scores(0), scores(1)], [3.0, 1.0], 2.0)
+    want = 0.75 * (scores(0) / 2).softmax(-1) + 0.25 * (scores(1) / 2).softmax(-1)
+    torch.testing.assert_close(found, want, **SINGLE)
+    torch.testing.assert_close(found.sum(-1), torch.ones(11), **SINGLE)
+
+
+def test_label_smoothing_reaches_the_loss() -> None:
+    x = torch.arange(11)
+    plain, smooth = (labels_loss(lambda i: i, x % 7, s)(Fixed(scores(0)), x) for s in (0.0, 0.3))
+    log = scores(0).log_softmax(-1)
+    want = 0.7 * plain.detach() - 0.3 * log.mean()
+    torch.testing.assert_close(smooth.detach(), want, **SINGLE)

@@ -1,0 +1,170 @@
+"""The command line: every command runs, every end has its exit code and one message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_run import recipe, write_recipe
+
+from slimfuse import cli, doctor
+from slimfuse.pipeline import Run
+from slimfuse.recipe import load_recipe
+from slimfuse.stock import Verified
+
+Ran = tuple[int, str, str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run `slimfuse ARGUMENTS` here; returns exit code, stdout and stderr."""
+
+    def start(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["slimfuse", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        assert isinstance(done.value.code, int)
+        return done.value.code, *capsys.readouterr()
+
+    return start
+
+
+def test_a_new_process_answers_at_once_and_without_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['slimfuse', '--help']\n"
+        "from slimfuse.cli import main\n"
+        "try: main()\n"
+        "finally: print('TORCH' if 'torch' in sys.modules else 'LIGHT')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "LIGHT" in done.stdout
+    for command in ("compress", "plan", "verify", "doctor", "recipe"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", ["compress", "plan", "verify", "doctor", "recipe"])
+def test_every_command_has_help(run: Callable[..., Ran], command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "Usage: slimfuse" in out
+
+
+def test_compress_shows_table_gates_and_places(
+    run: Callable[..., Ran], finished: Run, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    gated = recipe(gates=[{"metric": "params", "max_ratio": 0.9}])
+    code, out, err = run("compress", write_recipe(tmp_path / "gated.yaml", gated), "--out", folder)
+    assert code == 0, err
+    for words in ("finetuned", "onnx-int8", "accuracy %", "gate params", "held",
+                  f"model:  {folder / 'model'}", f"report: {folder / 'report.html'}"):  # fmt: skip
+        assert words in out
+    assert "finetuned: " in err and "%" in err
+
+
+def test_a_failed_gate_ends_with_3_and_a_report(
+    run: Callable[..., Ran], finished: Run, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    strict = recipe(gates=[{"metric": "params", "max_ratio": 0.01}])
+    code, out, _ = run("compress", write_recipe(tmp_path / "strict.yaml", strict), "--out", folder)
+    assert code == 3
+    assert "gate params" in out and "FAILED" in out
+    assert json.loads((folder / "report.json").read_text())["gates"]
+    assert (folder / "report.html").is_file() and (folder / "model").is_dir()
+
+
+def test_an_interruption_ends_with_130(
+    run: Callable[..., Ran], tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slimfuse.finetune.loop.batch_indices", interrupt)
+    code, out, err = run("compress", tiny_recipe, "--out", tmp_path / "run")
+    assert (code, out) == (130, "")
+    assert "interrupted: run the same command again" in err and "Traceback" not in err
+
+
+def test_an_internal_fault_is_one_message_and_with_debug_a_traceback(
+    run: Callable[..., Ran], tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*_: object) -> None:
+        raise ZeroDivisionError("a [bold]fault[/] of ours")
+
+    monkeypatch.setattr("slimfuse.finetune.loop.batch_indices", fault)
+    command = ("compress", tiny_recipe, "--out", tmp_path / "run")
+    code, _, err = run(*command)
+    assert code == 1 and "Traceback" not in err
+    assert "internal fault: ZeroDivisionError: a [bold]fault[/] of ours" in err
+    assert "--debug" in err
+    code, _, err = run(*command, "--debug")
+    assert code == 1 and "Traceback" in err and "fault" in err
+
+
+def test_debug_keeps_the_exit_code_of_a_user_error(run: Callable[..., Ran]) -> None:
+    code, _, err = run("--debug", "compress", "gone.yaml")
+    assert code == 2 and "Traceback" in err and "error: " in err
+
+
+def test_a_wrong_command_line_ends_with_2(run: Callable[..., Ran]) -> None:
+    code, _, err = run("compres")
+    assert code == 2 and "compress" in err
+    code, _, err = run("compress")
+    assert code == 2 and "recipe" in err
+
+
+def test_plan_tells_models_memory_and_disk(run: Callable[..., Ran], tiny_recipe: Path) -> None:
+    code, out, _ = run("plan", tiny_recipe)
+    assert code == 0
+    for words in ("child", "8 wide, 2 deep", "1.6 k", "peak memory", "disk"):
+        assert words in out
+
+
+def test_recipe_commands(run: Callable[..., Ran], tiny_recipe: Path, tmp_path: Path) -> None:
+    code, _, err = run("recipe", "check", tiny_recipe)
+    assert code == 0 and "recipe 'tiny' is valid" in err
+    code, _, err = run("recipe", "check", tiny_recipe, "--set", "finetune.lr=-1")
+    assert code == 2 and "finetune.lr" in err
+
+    code, out, _ = run("recipe", "show", tiny_recipe, "--set", "finetune.lr=0.25")
+    assert code == 0
+    (tmp_path / "shown.yaml").write_text(out)
+    assert load_recipe(tmp_path / "shown.yaml") == load_recipe(tiny_recipe, ("finetune.lr=0.25",))
+
+    code, out, _ = run("recipe", "schema")
+    assert code == 0 and "finetune" in json.loads(out)["properties"]
+
+    (tiny_recipe.parent / "broken.yaml").write_text("version: 2\n")
+    code, out, _ = run("recipe", "list", tiny_recipe.parent)
+    assert code == 0 and "tiny.yaml" in out and "broken.yaml" in out and "unknown value" in out
+    code, _, err = run("recipe", "list", tmp_path / "gone")
+    assert code == 2 and "no such folder" in err
+
+
+def test_doctor(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run("doctor")
+    assert code == 0
+    for words in ("torch: ", "cores: ", "INT8: "):
+        assert words in err
+    monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
+    code, _, err = run("doctor")
+    assert code == 3 and "no-such-package: missing" in err
+
+
+def test_verify_tells_what_it_found(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code, _, err = run("verify", tmp_path)
+    assert code == 2 and "not a finished model folder" in err and "next:" in err
+    monkeypatch.setattr("slimfuse.stock.verify", lambda *_: Verified("ViT", "Pil", 1610, 2e-7))
+    code, _, err = run("verify", tmp_path)
+    assert code == 0 and "1,610 parameters" in err

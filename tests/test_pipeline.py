@@ -1,0 +1,225 @@
+"""A whole run: what the folder holds, and what a second run repeats."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import events, folder_bytes, recipe, write_recipe
+from torch import Tensor
+
+from slimfuse.pipeline import Run, compress, package, plan
+from slimfuse.report import from_json
+from slimfuse.store import Stage
+
+MODEL_FILES = {
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "README.md",
+    "onnx/model.onnx",
+    "onnx/model_quantized.onnx",
+    "onnx/samples.npz",
+}
+STAGES = {
+    "a": "parent",
+    "b": "parent",
+    "fused": "fused",
+    "finetuned": "finetuned",
+    "onnx": "onnx",
+    "onnx-int8": "onnx-int8",
+    "random-start": "baseline",
+}
+
+MEASURED_RUN = """
+import resource, sys
+from slimfuse.pipeline import compress
+compress(sys.argv[1], out="run")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.fixture
+def copied(finished: Run, tmp_path: Path) -> Path:
+    """A copy of the finished run's folder that a test may change."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").unlink()
+    return tmp_path / "run"
+
+
+def test_the_folder_holds_what_the_contract_says(finished: Run) -> None:
+    root = finished.folder
+    top = {path.name for path in root.iterdir()} - {".lock"}
+    assert top == {
+        "recipe.lock.yaml", "model", "report.html", "report.json", "stages", "log.jsonl",
+    }  # fmt: skip
+    assert set(folder_bytes(finished.model)) == MODEL_FILES
+    assert all((s / "manifest.json").is_file() for s in (root / "stages").iterdir())
+    assert [json.loads(line) for line in (root / "log.jsonl").read_text().splitlines()]
+
+
+def test_report_has_a_measured_row_for_every_model(finished: Run) -> None:
+    report = from_json((finished.folder / "report.json").read_text())
+    rows = {row.name: row for row in report.rows}
+    assert {name: row.stage for name, row in rows.items()} == STAGES
+    for name, row in rows.items():
+        accuracy = row.metrics["accuracy"]
+        assert accuracy.n == 60 and accuracy.low <= accuracy.value <= accuracy.high
+        timed = STAGES[name] in ("parent", "onnx", "onnx-int8")
+        assert len(row.latency) == timed
+        assert all(0 < x.p50_ms <= x.p90_ms <= x.p99_ms for x in row.latency)
+    sizes = {"a": "stages/parent-a-*/model.safetensors", "onnx": "model/onnx/model.onnx"}
+    for name, pattern in sizes.items():
+        assert rows[name].bytes == next(finished.folder.glob(pattern)).stat().st_size
+    assert rows["onnx"].parity_max_abs is not None and rows["onnx"].parity_max_abs < 1e-4
+    assert {(s.base, s.other) for s in report.speedups} == {
+        (base, other) for base in "ab" for other in ("onnx", "onnx-int8")
+    }
+
+
+def test_nothing_of_this_machine_is_in_the_model_or_the_lock(
+    finished: Run, tiny_recipe: Path
+) -> None:
+    paths = [str(p).encode() for p in (finished.folder, tiny_recipe.parent, Path.cwd())]
+    secrets = [*paths, b"/site-packages", f"/{getpass.getuser()}/".encode()]
+    for file in (*finished.model.rglob("*"), finished.folder / "recipe.lock.yaml"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert not [s for s in secrets if s in content], file.name
+    assert str(finished.folder).encode() in (finished.folder / "report.json").read_bytes(), (
+        "the command as typed is in the report: this search does find paths"
+    )
+
+
+def test_another_process_makes_the_same_bytes_within_the_planned_memory(
+    finished: Run, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", MEASURED_RUN, str(tiny_recipe)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert folder_bytes(tmp_path / "run" / "model") == folder_bytes(finished.model)
+    peak, estimate = int(done.stdout) << 10, plan(tiny_recipe).memory
+    assert peak <= estimate <= 3 * peak, f"{peak >> 20} MiB measured, {estimate >> 20} estimated"
+
+
+def test_a_second_run_repeats_nothing(copied: Path, tiny_recipe: Path) -> None:
+    before = folder_bytes(copied / "stages")
+    again = compress(tiny_recipe, out=copied)
+    assert events(copied, "start") == []
+    assert set(events(copied, "cached")) >= {"fused", "finetuned", "package", "bench"}
+    assert folder_bytes(copied / "stages") == before
+    assert again.passed
+
+
+@pytest.mark.parametrize(
+    ("override", "repeated"),
+    [
+        ("bench.min_seconds=0.03", {"bench"}),
+        (
+            "finetune.lr=1e-3",
+            {
+                "finetuned", "scores-finetuned", "finetuned-random-start",
+                "scores-finetuned-random-start", "onnx-child", "scores-onnx-child", "int8",
+                "scores-int8", "package", "bench",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_a_changed_key_repeats_only_what_depends_on_it(
+    copied: Path,
+    tiny_recipe: Path,
+    override: str,
+    repeated: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(package, "verify", lambda *_, **__: None)  # saves a process start
+    compress(tiny_recipe, overrides=(override,), out=copied)
+    assert set(events(copied, "start")) == repeated
+
+
+def test_results_of_another_recipe_are_withdrawn_before_any_work(
+    copied: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimfuse.pipeline.stages import Stages
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stages, "start", stop)
+    old = (copied / "recipe.lock.yaml").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        compress(tiny_recipe, overrides=("fuse.ridge=0.01",), out=copied)
+    assert (copied / "recipe.lock.yaml").read_bytes() != old
+    assert not [n for n in ("model", "report.json", "report.html") if (copied / n).exists()]
+
+
+def test_an_altered_model_folder_is_made_whole(
+    finished: Run, copied: Path, tiny_recipe: Path
+) -> None:
+    (copied / "model" / "config.json").write_text("{}")
+    (copied / "model" / "extra.txt").write_text("not ours")
+    compress(tiny_recipe, out=copied)
+    assert folder_bytes(copied / "model") == folder_bytes(finished.model)
+
+
+def test_a_gate_that_fails_is_reported(copied: Path, tmp_path: Path) -> None:
+    strict = recipe(gates=[{"metric": "params", "max_ratio": 0.01}])
+    run = compress(write_recipe(tmp_path / "strict.yaml", strict), out=copied)
+    assert not run.passed
+    (gate,) = from_json((copied / "report.json").read_text()).gates
+    assert gate.metric == "params" and not gate.passed
+
+
+@pytest.mark.parametrize("right", [30, 35])
+def test_int8_is_shipped_where_it_keeps_the_accuracy(
+    copied: Path, tiny_recipe: Path, right: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimfuse.pipeline.deployment import Deployment
+
+    original = Deployment.scores
+
+    def scores(self: Deployment, stage: Stage, file: str, saved: Path) -> Tensor:
+        """Let the INT8 file be right on the first `right` images, the float file on 33."""
+        made = original(self, stage, file, saved)
+        labels = torch.from_numpy(self.job.data.test.labels)
+        hits = torch.arange(len(made)) < (right if "quantized" in file else 33)
+        return torch.nn.functional.one_hot((labels + ~hits) % 10, 10).float()
+
+    monkeypatch.setattr(Deployment, "scores", scores)
+    monkeypatch.setattr(package, "verify", lambda *_, **__: None)
+    run = compress(tiny_recipe, overrides=("export.quantize.mode=auto",), out=copied)
+    shipped = (run.model / "onnx" / "model_quantized.onnx").exists()
+    row = next(row for row in run.report.rows if row.name == "onnx-int8")
+    assert shipped == (right > 33) == (row.note == "")
+    assert shipped == ("quantized" in (run.model / "README.md").read_text())
+    assert any("INT8 loses 5.00%" in w for w in run.report.warnings) != shipped
+
+
+def test_card_reads_as_markdown(finished: Run) -> None:
+    card = (finished.model / "README.md").read_text()
+    for line in ("- **a**", "on `digits`", "| file |", "```python"):
+        assert f"\n\n{line}" in card  # else it runs into what stands before
+    assert card.count("| `") == 3 and "{" not in card
+
+
+def test_planned_counts_are_those_of_the_files(finished: Run, tiny_recipe: Path) -> None:
+    from safetensors import safe_open
+
+    planned = {model.name: model for model in plan(tiny_recipe).models}
+    for name, pattern in {"a": "stages/parent-a-*", "child": "model"}.items():
+        file = next(finished.folder.glob(pattern)) / "model.safetensors"
+        with safe_open(file, "pt") as weights:
+            stored = sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118
+        assert planned[name].params == stored
+        assert planned[name].bytes == 4 * stored
+    assert planned["child"].steps == 10  # 2 epochs of ⌈150 / 32⌉ batches
+    written = sum(f.stat().st_size for f in finished.folder.rglob("*") if f.is_file())
+    assert written <= plan(tiny_recipe).disk

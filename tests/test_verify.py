@@ -1,0 +1,127 @@
+"""The proof in a clean process: it holds for a finished folder, and fails where it must."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from slimfuse import stock
+from slimfuse.errors import CheckFailed, UserError
+from slimfuse.pipeline import Run
+from slimfuse.stock import verify
+
+
+@pytest.fixture
+def model(finished: Run, tmp_path: Path) -> Path:
+    """A copy of the finished model that a test may spoil."""
+    return Path(shutil.copytree(finished.model, tmp_path / "model"))
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the script here, where transformers is imported already: a start costs seconds."""
+
+    def run(command: list[str], **_: Any) -> Any:
+        import contextlib
+        import subprocess
+        import sys
+
+        out = io.StringIO()
+        script, arguments = command[3], command[4:]
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(out):
+            patch.setattr(sys, "argv", ["-c", *arguments])
+            for name in ("slimfuse", "slimfuse_export"):  # the script blocks them
+                patch.setitem(sys.modules, name, sys.modules[name])
+            import logging
+
+            try:
+                exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+            except Exception as error:
+                return subprocess.CompletedProcess(command, 1, "", f"{error}")
+            finally:
+                logging.disable(logging.NOTSET)
+        return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
+
+    monkeypatch.setattr(stock.subprocess, "run", run)
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_finished_folder_holds_in_a_process_that_cannot_import_slimfuse(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what lies in the current folder is not imported in place of what is installed
+    (tmp_path / "torch.py").write_text("raise RuntimeError('the wrong torch')")
+    monkeypatch.chdir(tmp_path)
+    found = verify(finished.model)
+    assert found.model_class == "ViTForImageClassification"
+    assert found.parameters == finished.report.rows[-2].params
+    assert found.gap < 1e-5
+
+
+def test_the_script_cannot_import_slimfuse(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiled = stock.SCRIPT.replace("import numpy", "import slimfuse.store; import numpy")
+    assert spoiled != stock.SCRIPT
+    monkeypatch.setattr(stock, "SCRIPT", spoiled)
+    with pytest.raises(CheckFailed, match="can't open the folder") as error:
+        verify(finished.model)
+    assert "slimfuse" in str(error.value.got)
+
+
+SPOILED: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "perturbed": (
+        lambda f: change(f, lambda w: w["classifier.bias"].add_(1e-3)),
+        "other logits", "relative",
+    ),
+    "not a number": (
+        lambda f: change(f, lambda w: w["classifier.bias"].fill_(float("nan"))),
+        "other logits", "nan",
+    ),
+    "missing": (
+        lambda f: change(f, lambda w: w.pop("classifier.bias")),
+        "don't fit", "missing_keys: classifier.bias",
+    ),
+    "unexpected": (
+        lambda f: change(f, lambda w: w.update(extra=w["classifier.bias"].clone())),
+        "don't fit", "unexpected_keys: extra",
+    ),
+    "cut": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\0" * 99),
+        "can't open the folder", "",
+    ),
+    "no samples": (
+        lambda f: np.savez(f / "onnx" / "samples.npz", other=np.zeros(1)),
+        "no logits of its run", "None",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_spoiled_folder_fails(model: Path, case: str) -> None:
+    assert verify(model).gap < 1e-5  # the stand-in for the process works
+    spoil, what, got = SPOILED[case]
+    spoil(model)
+    with pytest.raises(CheckFailed, match=what) as error:
+        verify(model)
+    assert got in str(error.value.got)
+    assert str(model) in str(error.value.where)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "onnx/samples.npz"])
+def test_a_folder_without_a_file_is_told(model: Path, name: str) -> None:
+    (model / name).unlink()
+    with pytest.raises(UserError, match="not a finished model folder") as error:
+        verify(model)
+    assert f"no {name}" in str(error.value.got)
