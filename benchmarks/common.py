@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from slimfuse.pipeline import Run, compress
-from slimfuse.pipeline.compress import quiet
 from slimfuse.pipeline.job import prepare
+from slimfuse.pipeline.run import quiet
 from slimfuse.recipe import load_recipe
 from slimfuse.report import Row
 

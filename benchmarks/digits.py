@@ -1,4 +1,4 @@
-"""Half-width digits ViT, three seeds, with every control at the same budget (`make bench-digits`)."""
+"""Half-width digits ViT, three seeds, all controls at one budget (`make bench-digits`)."""
 
 from __future__ import annotations
 

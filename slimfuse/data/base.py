@@ -39,10 +39,6 @@ class Split:
         order = np.random.default_rng(seed).permutation(len(self))
         return self.take(np.sort(order[:size]))
 
-    def head(self, size: int | None) -> Split:
-        """Return the first `size` samples, or everything for None."""
-        return self if size is None or size >= len(self) else self.take(np.arange(size))
-
 
 class Subset(Sequence[Image]):
     """A lazy selection of images."""

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -167,7 +168,11 @@ def _save(
 def _restore(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None
 ) -> list[float]:
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError:  # damaged on disk: start over rather than stop
+        path.unlink()
+        return []
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}

@@ -258,3 +258,20 @@ def test_label_smoothing_reaches_the_loss() -> None:
     log = scores(0).log_softmax(-1)
     want = 0.7 * plain.detach() - 0.3 * log.mean()
     torch.testing.assert_close(smooth.detach(), want, **SINGLE)
+
+
+def test_a_damaged_checkpoint_starts_training_over(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_bytes(b"\x07\x00\x00")
+    clean, resumed = (nn.Linear(3, 2), nn.Linear(3, 2))
+    resumed.load_state_dict(clean.state_dict())
+    x = torch.randn(11, 3)
+
+    def loss(model: nn.Module, indices: torch.Tensor) -> torch.Tensor:
+        return model(x[indices]).square().mean()
+
+    plan = Schedule(steps=4, batch_size=5)
+    for model, path in ((clean, tmp_path / "none"), (resumed, checkpoint)):
+        fit(model, loss, 11, plan, precision="fp32", checkpoint=path, what="x")
+    assert torch.equal(clean.weight, resumed.weight)
+    assert not checkpoint.exists()
