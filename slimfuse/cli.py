@@ -53,14 +53,15 @@ def compress(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -
     from slimfuse.report import console_table
 
     run = run_recipe(recipe, overrides=tuple(overrides or ()), out=out)
-    stdout = Console()
+    stdout = Console(highlight=False)
     stdout.print(console_table(run.report, width=stdout.width))
     for gate in run.report.gates:
         mark = "[green]held[/]" if gate.passed else "[red]FAILED[/]"
-        stdout.print(f"gate {gate.metric}: {gate.rule}: {gate.measured}, {mark}")
+        stdout.print(f"{escape(f'gate {gate.metric}: {gate.rule}: {gate.measured}')}, {mark}")
     for warning in run.report.warnings:
-        stdout.print(f"[yellow]note:[/] {warning}")
-    stdout.print(f"model:  {run.model}\nreport: {run.folder / 'report.html'}", soft_wrap=True)
+        stdout.print(f"[yellow]note:[/] {escape(warning)}")
+    places = f"model:  {run.model}\nreport: {run.folder / 'report.html'}"
+    stdout.print(escape(places), soft_wrap=True)
     if not run.passed:
         raise typer.Exit(3)
 
@@ -76,7 +77,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     from slimfuse.report import words
 
     made = make_plan(recipe, overrides=tuple(overrides or ()))
-    table = Table(title=f"Plan of {recipe.name}")
+    table = Table(title=escape(f"Plan of {recipe.name}"))
     for column in ("model", "shape", "params", "FLOPs a sample", "float32 size", "training steps"):
         table.add_column(column, justify="left" if column in ("model", "shape") else "right")
     for model in made.models:
@@ -99,26 +100,28 @@ def verify(
     """Prove that a model folder opens in stock classes, in a process without slimfuse."""
     from slimfuse.stock import verify as prove
 
-    with working(f"opening {folder} in a process of its own"):
+    with working(escape(f"opening {folder} in a process of its own")):
         found = prove(folder)
-    console.print(
+    typer.echo(
         f"{folder}: {found.model_class}, {found.parameters:,} parameters, with "
         f"{found.processor_class}; same logits as in its run (within {found.gap:.1e} of their "
-        "size)",
-        soft_wrap=True,
+        "size)"
     )
 
 
 @app.command()
 def doctor() -> None:
     """Say what this machine has and what will be slow or missing."""
+    from rich.console import Console
+
     from slimfuse.doctor import examine
 
+    stdout = Console(highlight=False)
     ok = True
     for check in examine():
         ok = ok and check.passed
         mark = "[green]ok[/]  " if check.passed else "[red]bad[/] "
-        console.print(f"{mark} {check.name}: {check.detail}")
+        stdout.print(f"{mark} {escape(f'{check.name}: {check.detail}')}", soft_wrap=True)
     if not ok:
         raise typer.Exit(3)
 
@@ -129,7 +132,7 @@ def recipe_check(recipe: RecipePath, overrides: Overrides = None) -> None:
     from slimfuse.recipe import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
-    console.print(f"{recipe}: recipe {loaded.name!r} is valid")
+    typer.echo(f"{recipe}: recipe {loaded.name!r} is valid")
 
 
 @recipes.command("list")
@@ -149,8 +152,10 @@ def recipe_list(
     for column in ("recipe", "family", "task", "what it does"):
         table.add_column(column, overflow="fold")
     for info in find_recipes(folder):
-        about = info.summary if info.error is None else f"[red]{info.error.what}[/]"
-        table.add_row(str(info.path), info.family, info.task, about)
+        about = escape(info.summary if info.error is None else info.error.what)
+        if info.error is not None:
+            about = f"[red]{about}[/]"
+        table.add_row(escape(str(info.path)), info.family, info.task, about)
     Console().print(table)
 
 

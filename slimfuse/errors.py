@@ -62,3 +62,8 @@ class CheckFailed(SlimfuseError):
     """A measured check (parity, strict load, a gate) did not hold."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error of a library as one short line: its kind and the first line it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}".rstrip(": ")

@@ -20,6 +20,8 @@ from filelock import FileLock, Timeout
 from slimfuse.errors import StorageError
 
 MANIFEST = "manifest.json"
+LOCK, LOG = "recipe.lock.yaml", "log.jsonl"
+RESULTS = ("report.json", "report.html", "model")
 KEY_LENGTH = 16
 CHECKPOINT = "checkpoint.safetensors"
 """The one file of an unfinished stage that the next run may go on from."""
@@ -57,6 +59,21 @@ class Store:
         self.root = root
         self._checked: dict[str, Stage] = {}  # by key: files are hashed once a process
 
+    def check_ours(self) -> None:
+        """Raise StorageError where the folder's results are not a run's: we would replace them."""
+        names = (LOCK, "stages", LOG, *RESULTS)
+        there = {name for name in names if os.path.lexists(self.root / name)}
+        if LOCK in there or {"stages", LOG} <= there:
+            return
+        foreign = [name for name in RESULTS if name in there]
+        if foreign:
+            raise StorageError(
+                "the folder is not a run folder, and holds files that a run would replace",
+                where=str(self.root),
+                got=", ".join(foreign),
+                hint="choose another folder with --out",
+            )
+
     def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Stage:
         """Return the stage made from `inputs`, calling `build(folder)` unless it exists.
 
@@ -73,11 +90,16 @@ class Store:
                 partial = _emptied(final.with_name(final.name + ".partial"), keep=CHECKPOINT)
                 self.log(name, "start", key=key)
                 build(partial)
-                files = {f.relative_to(partial).as_posix(): file_digest(f) for f in _files(partial)}
+                files = {
+                    f.relative_to(partial).as_posix(): file_digest(f)
+                    for f in _files(partial)
+                    if f != partial / CHECKPOINT
+                }
                 seconds = round(time.monotonic() - start, 3)
                 manifest = {"inputs": inputs, "files": files, "seconds": seconds}
                 write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
                 _sync(partial)
+                (partial / CHECKPOINT).unlink(missing_ok=True)  # so late: a kill loses no training
                 partial.rename(final)
             self.log(name, "done", key=key, seconds=seconds)
         else:
@@ -110,7 +132,7 @@ class Store:
                 _is(target / file, sha256) for file, sha256 in stage.files.items()
             ):
                 return target
-            partial = _emptied(target.with_name(f"{name}.partial"))
+            partial = _emptied(self.root / "stages" / f"publish-{name}.partial")
             for file in stage.files:
                 (partial / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(stage.path / file, partial / file)
@@ -123,22 +145,28 @@ class Store:
         """Remove published files or folders, so that nothing old looks like this run's result."""
         with writing(self.root):
             for name in names:
-                target, doomed = self.root / name, self.root / f"{name}.old"
+                target, doomed = self.root / name, self.root / "stages" / f"withdraw-{name}.partial"
                 _remove(doomed)
                 if target.is_dir():
+                    doomed.parent.mkdir(exist_ok=True)
                     target.rename(doomed)  # in one step: never half a folder under its name
                     _remove(doomed)
                 else:
                     target.unlink(missing_ok=True)
 
-    def used_bytes(self) -> int:
-        """Return the bytes that the stages take already."""
-        return sum(f.stat().st_size for f in _files(self.root / "stages"))
+    def used_bytes(self, lock: str) -> int:
+        """Return the bytes of stages that the run with this lock has made; 0 for another run."""
+        file = self.root / LOCK
+        if not file.is_file() or file.read_bytes() != lock.encode():
+            return 0
+        since = file.stat().st_mtime_ns
+        found = (f.stat() for f in _files(self.root / "stages"))
+        return sum(stat.st_size for stat in found if stat.st_mtime_ns >= since)
 
     def log(self, stage: str, event: str, **more: Any) -> None:
         """Append one event to log.jsonl."""
         line = {"time": round(time.time(), 3), "stage": stage, "event": event, **more}
-        with writing(self.root), (self.root / "log.jsonl").open("a") as file:
+        with writing(self.root), (self.root / LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     @contextmanager

@@ -130,8 +130,8 @@ def test_plan_tells_models_memory_and_disk(run: Callable[..., Ran], tiny_recipe:
 
 
 def test_recipe_commands(run: Callable[..., Ran], tiny_recipe: Path, tmp_path: Path) -> None:
-    code, _, err = run("recipe", "check", tiny_recipe)
-    assert code == 0 and "recipe 'tiny' is valid" in err
+    code, out, err = run("recipe", "check", tiny_recipe)
+    assert code == 0 and "recipe 'tiny' is valid" in out and err == ""
     code, _, err = run("recipe", "check", tiny_recipe, "--set", "finetune.lr=-1")
     assert code == 2 and "finetune.lr" in err
 
@@ -150,14 +150,37 @@ def test_recipe_commands(run: Callable[..., Ran], tiny_recipe: Path, tmp_path: P
     assert code == 2 and "no such folder" in err
 
 
-def test_doctor(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    code, _, err = run("doctor")
+def test_a_users_text_is_no_markup(run: Callable[..., Ran], tmp_path: Path) -> None:
+    folder = tmp_path / "[red]odd[/red]"
+    write_recipe(folder / "fine.yaml")
+    (folder / "fine.yaml").write_text("# does [/x] it\n" + (folder / "fine.yaml").read_text())
+    (folder / "broken.yaml").write_text("version: 1\n'[/bold]': 2\n")
+    code, out, _ = run("recipe", "list", folder)
     assert code == 0
+    assert "does [/x] it" in out and "[/bold]" in out and "[red]odd[/red]" in "".join(out.split())
+    code, out, _ = run("recipe", "check", folder / "fine.yaml")
+    assert code == 0 and f"{folder}/fine.yaml: recipe" in out
+    code, _, err = run("verify", folder)
+    assert code == 2 and str(folder) in err
+
+
+def test_the_hint_to_recipes_is_given_where_there_are_some(
+    run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "recipe list" not in run("recipe", "check", "gone.yaml")[2]
+    (tmp_path / "recipes").mkdir()
+    assert "recipe list" in run("recipe", "check", "gone.yaml")[2]
+
+
+def test_doctor(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = run("doctor")
+    assert code == 0 and err == ""
     for words in ("torch: ", "cores: ", "INT8: "):
-        assert words in err
+        assert words in out
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
-    code, _, err = run("doctor")
-    assert code == 3 and "no-such-package: missing" in err
+    code, out, _ = run("doctor")
+    assert code == 3 and "no-such-package: missing" in out
 
 
 def test_verify_tells_what_it_found(
@@ -166,5 +189,5 @@ def test_verify_tells_what_it_found(
     code, _, err = run("verify", tmp_path)
     assert code == 2 and "not a finished model folder" in err and "next:" in err
     monkeypatch.setattr("slimfuse.stock.verify", lambda *_: Verified("ViT", "Pil", 1610, 2e-7))
-    code, _, err = run("verify", tmp_path)
-    assert code == 0 and "1,610 parameters" in err
+    code, out, _ = run("verify", tmp_path)
+    assert code == 0 and "1,610 parameters" in out

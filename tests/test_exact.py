@@ -75,7 +75,7 @@ def test_every_leg_is_moved_by_both_tests(vit: Any) -> None:
         assert atlas.users(name, Role.WRITE) and atlas.users(name, Role.READ)
 
 
-@pytest.mark.parametrize("wrong", ["resid", "head", "vo", "mlp"])
+@pytest.mark.parametrize("wrong", ["resid", "head", "qk", "vo", "mlp"])
 def test_the_duplication_test_sees_a_wrong_role(vit: Any, wrong: str) -> None:
     space = "qk" if wrong == "vo" else wrong
     maps = maps_of(vit, SPACES[space], lambda n, _seed: duplicate(n))
@@ -85,7 +85,9 @@ def test_the_duplication_test_sees_a_wrong_role(vit: Any, wrong: str) -> None:
             self.push, self.pull = inner.push, inner.push  # one matrix for both sides
 
     bad = {
-        k: NestedMap([Swapped(m) for m in v.inner]) if isinstance(v, NestedMap) else Swapped(v)
+        k: (NestedMap([Swapped(m) for m in v.inner]) if isinstance(v, NestedMap) else Swapped(v))
+        if k.split(".")[0] == wrong
+        else v
         for k, v in maps.items()
     }
     x = images(5)

@@ -74,6 +74,11 @@ def test_report_has_a_measured_row_for_every_model(finished: Run) -> None:
         timed = STAGES[name] in ("parent", "onnx", "onnx-int8")
         assert len(row.latency) == timed
         assert all(0 < x.p50_ms <= x.p90_ms <= x.p99_ms for x in row.latency)
+    notes = {name: row.metrics["accuracy"].note for name, row in rows.items()}
+    assert notes["onnx"] == "test set, at batch 256" and notes["a"] == "test set"
+    assert notes["onnx-int8"] == "test set, at batch 1"
+    calibrated = [p.title for p in report.pictures if "calibration images" in p.caption]
+    assert len(calibrated) == 4
     sizes = {"a": "stages/parent-a-*/model.safetensors", "onnx": "model/onnx/model.onnx"}
     for name, pattern in sizes.items():
         assert rows[name].bytes == next(finished.folder.glob(pattern)).stat().st_size
@@ -186,9 +191,9 @@ def test_int8_is_shipped_where_it_keeps_the_accuracy(
 
     original = Deployment.scores
 
-    def scores(self: Deployment, stage: Stage, file: str, saved: Path) -> Tensor:
+    def scores(self: Deployment, stage: Stage, file: str, saved: Path, *, batch: int) -> Tensor:
         """Let the INT8 file be right on the first `right` images, the float file on 33."""
-        made = original(self, stage, file, saved)
+        made = original(self, stage, file, saved, batch=batch)
         labels = torch.from_numpy(self.job.data.test.labels)
         hits = torch.arange(len(made)) < (right if "quantized" in file else 33)
         return torch.nn.functional.one_hot((labels + ~hits) % 10, 10).float()
@@ -198,8 +203,10 @@ def test_int8_is_shipped_where_it_keeps_the_accuracy(
     run = compress(tiny_recipe, overrides=("export.quantize.mode=auto",), out=copied)
     shipped = (run.model / "onnx" / "model_quantized.onnx").exists()
     row = next(row for row in run.report.rows if row.name == "onnx-int8")
-    assert shipped == (right > 33) == (row.note == "")
-    assert shipped == ("quantized" in (run.model / "README.md").read_text())
+    assert shipped == (right > 33) == row.note.startswith("shipped")
+    assert "decided on the test set" in row.note
+    card = (run.model / "README.md").read_text()
+    assert shipped == ("quantized" in card) == ("was decided on the test set" in card)
     assert any("INT8 loses 5.00%" in w for w in run.report.warnings) != shipped
 
 

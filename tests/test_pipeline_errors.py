@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_run import recipe, save_parent, write_recipe
+from tiny_run import TRAIN, recipe, save_parent, write_recipe
 
 from slimfuse import cli
 from slimfuse.errors import StorageError
@@ -74,7 +75,10 @@ def says(text: str, words: Words) -> None:
         (recipe(target={"hidden_size": 0}), ("target.hidden_size", "got: 0", "allowed:")),
         (
             recipe(target={"hidden_size": 9}),
-            ("where:   target", "got:     hidden_size 9", "allowed: hidden_size 8 or 10"),
+            (
+                "where:   ", "recipe.yaml:", ": target.hidden_size",
+                "got:     hidden_size 9", "allowed: hidden_size 8 or 10",
+            ),
         ),
         (
             recipe(target={"hidden_size": 18, "intermediate_size": 8}),
@@ -124,6 +128,56 @@ def test_hub_id_while_offline(fails: Callable[..., str], monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     text = fails(recipe(parents=[{"name": "a", "from": "nobody/no-such-model"}]))
     says(text, ("neither a folder here nor to be had from the hub", "nobody/no-such-model", "next"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place", "words"),
+    [
+        ("target.hidden_size", 9, "target.hidden_size", "must be a multiple"),
+        ("parents.1.from", "gone/x/y", "parents.b.from", "does not exist"),
+        ("parents.1.from", "models/gone", "parents.b.from", "models is here, but gone is not"),
+        ("parents.0.train.config.patch_size", 3, "parents.a.train.config.patch_size", "divide"),
+        ("parents.0.train.shard", "1/9999", "parents.a.train.shard", "fewer training samples"),
+        ("parents.1.revision", "main", "parents.b.revision", "only with a hub id"),
+    ],
+)
+def test_a_late_error_tells_the_line_of_its_key(
+    fails: Callable[..., str], tmp_path: Path, key: str, value: Any, place: str, words: str
+) -> None:
+    save_parent(tmp_path / "models" / "slim")
+    parents = [{"name": "a", "train": {**TRAIN, "shard": "1/2"}},
+               {"name": "b", "from": "models/slim", "revision": None}]  # fmt: skip
+    content = recipe(parents=copy.deepcopy(parents))
+    *way, last = (int(k) if k.isdigit() else k for k in key.split("."))
+    spot: Any = content
+    for step in way:
+        spot = spot[step]
+    spot[last] = value
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(content, indent=1))  # YAML too, one key a line
+    wanted = f'"{last}": {json.dumps(value)}'
+    line = next(n for n, text in enumerate(path.read_text().split("\n"), 1) if wanted in text)
+    says(fails(path), (words, f"recipe.yaml:{line}: {place}"))
+    text = fails(write_recipe(path, content), "--set", f"{key}={json.dumps(value)}")
+    says(text, (f"--set {key}={json.dumps(value)}: {place}",))
+
+
+def test_labels_that_are_not_the_datas_tell_the_line(
+    fails: Callable[..., str], tmp_path: Path
+) -> None:
+    save_parent(tmp_path / "slim", labels=7)
+    says(
+        fails(recipe(parents=[{"name": "a.b", "from": "slim"}]), "--set", "parents.0.weight=2"),
+        ("labels are not the data set's", "recipe.yaml:", ": parents.a.b"),
+    )
+
+
+def test_subclone_of_a_parent_with_too_few_units(fails: Callable[..., str], tmp_path: Path) -> None:
+    save_parent(tmp_path / "slim", intermediate_size=8)
+    save_parent(tmp_path / "other", hidden_size=24, intermediate_size=32)
+    content = {**two(), "target": {"hidden_size": 8, "intermediate_size": 12}}
+    text = fails({**content, "baselines": ["subclone"]})
+    says(text, ("baseline subclone", "recipe.yaml:", ": baselines", "8 units", "12", "next:"))
 
 
 # -- parents that don't fit -------------------------------------------------------------------
@@ -253,6 +307,23 @@ def test_run_folder_that_is_held_by_another_run(fails: Callable[..., str], tmp_p
 def test_run_folder_that_is_a_file(fails: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     says(fails(recipe()), ("can't be written", str(tmp_path / "run"), "got:", "next:"))
+
+
+@pytest.mark.parametrize("name", ["model", "report.json", "report.html"])
+def test_a_folder_of_someone_else_is_left_alone(
+    tiny_recipe: Path, tmp_path: Path, name: str
+) -> None:
+    root = tmp_path / "mine"
+    file = root / name / "weights.bin" if name == "model" else root / name
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    for own in ("model.old", "stages"):
+        (root / own).mkdir()
+    before = sorted(root.rglob("*"))
+    with pytest.raises(StorageError, match="not a run folder") as error:
+        compress(tiny_recipe, out=root)
+    assert error.value.got == name and error.value.where == str(root)
+    assert file.read_text() == "precious" and sorted(root.rglob("*")) == before
 
 
 def test_run_folder_below_a_file(fails: Callable[..., str], tmp_path: Path) -> None:

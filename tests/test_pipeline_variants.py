@@ -16,7 +16,8 @@ from tiny_run import events, folder_bytes, recipe, save_parent, write_recipe
 
 from slimfuse.data import load_digits
 from slimfuse.errors import ShapeError
-from slimfuse.pipeline import compress, package
+from slimfuse.fuse.baselines import subclone
+from slimfuse.pipeline import compress, package, plan
 from slimfuse.pipeline import job as job_module
 from slimfuse.pipeline.job import prepare
 from slimfuse.pipeline.stages import Stages
@@ -119,6 +120,40 @@ def test_a_target_between_the_parents_widths(saved_parents: Path, tmp_path: Path
     with pytest.raises(ShapeError, match="wider than the first parent") as error:
         start(saved_parents, tmp_path / "run", target=between, parents=PARENTS[::-1])
     assert error.value.hint == "put the widest parent first"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_subclone_copies_the_first_parent(saved_parents: Path, tmp_path: Path, order: int) -> None:
+    parents = PARENTS[::order]
+    stages = start(saved_parents, tmp_path / "run", parents=parents)
+    family, job = stages.job.family, stages.job
+    wanted = family.build(job.target)
+    subclone(family.load(saved_parents / str(parents[0]["from"])), wanted, family)
+    found = family.load(stages.start("subclone").path).state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in wanted.state_dict().items())
+
+
+def test_a_plan_follows_the_batch_size_and_the_tokens(tiny_recipe: Path) -> None:
+    def memory(*overrides: str) -> int:
+        return plan(tiny_recipe, overrides=overrides).memory
+
+    small = memory()
+    large = memory("finetune.batch_size=4194304")
+    assert large > 2 * small
+    assert memory("parents.0.train.batch_size=4194304") > large  # wider than the child
+    patches = [f"parents.{i}.train.config.patch_size=1" for i in (0, 1)]
+    # 65 tokens for 5, and every pair of them has its score
+    grown = (memory("finetune.batch_size=4194304", *patches) - small) / (large - small)
+    assert grown > 65 / 5 * 1.3
+
+
+@pytest.mark.parametrize(("quota", "wanted"), [(None, 4), (0.5, 1), (2.7, 2), (64.0, 4)])
+def test_cores_are_those_allowed_within_the_quota(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, wanted: int
+) -> None:
+    monkeypatch.setattr(job_module, "cores_allowed", lambda: 4)
+    monkeypatch.setattr(job_module, "cpu_quota", lambda: quota)
+    assert job_module.cores() == wanted
 
 
 def test_a_parent_is_known_by_its_config_too(tmp_path: Path) -> None:

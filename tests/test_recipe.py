@@ -115,7 +115,8 @@ def test_a_size_stays_absolute_or_ratio(write: Any, value: int | float) -> None:
 def test_overrides_set_nested_keys_items_and_lists(write: Any) -> None:
     overrides = [
         "parents.0.weight=3", "parents[1].train.epochs=7", "finetune.distill.teachers=[b]",
-        "fuse.ot.reg=1e-1", "fuse.ot.reg=2e-1", "parents.0.from=null", "parents.0.train="
+        "fuse.stream=ot", "fuse.ot.reg=1e-1", "fuse.ot.reg=2e-1", "parents.0.from=null",
+        "parents.0.train="
         "{epochs: 1, config: {hidden_size: 6, num_hidden_layers: 1, num_attention_heads: 3,"
         " intermediate_size: 5, patch_size: 2}}",
     ]  # fmt: skip
@@ -205,6 +206,17 @@ def test_the_recipe_imports_no_torch() -> None:
          "11: parents[1].revision: goes only with 'from'; got: 'x'; allowed: null"),
         ("{source: digits}", "{source: digits, path: x}",
          "6: data.path: source 'digits' takes no path; got: 'x'; allowed: null"),
+        ("{source: digits}", "{source: digits, test_split: held-out}",
+         "6: data.test_split: source 'digits' takes no test_split; got: 'held-out'; "
+         "allowed: no such key"),
+        ("{source: digits}", "{source: fashion-mnist, label_column: y}",
+         "6: data.label_column: source 'fashion-mnist' takes no label_column; got: 'y'; "
+         "allowed: no such key"),
+        ("target:", "fuse: {ot: {solver: sinkhorn}}\ntarget:",
+         "16: fuse.ot.solver: has no effect: stream is 'pca'; got: 'sinkhorn'; "
+         "allowed: with stream: ot"),
+        ("target:", "fuse: {ridge: 0}\ntarget:",
+         "16: fuse.ridge: out of range; got: 0; allowed: number > 0"),
         ("{source: digits}", "{source: imagefolder}",
          "6: data.path: missing key: source 'imagefolder' needs it"),
         ("{source: digits}", "{source: fashion-mnist, path: x, config: y}",
@@ -391,14 +403,17 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         {"source": "digits"}, {"source": "fashion-mnist", "path": "a b"},
         {"source": "datasets", "path": "#x: [", "config": "null"},
     ]))  # fmt: skip
+    if data["source"] == "datasets":
+        data = data | draw(some(train_split=TEXTS, label_column=TEXTS))
     target = {"hidden_size": draw(SIZES), **draw(some(num_hidden_layers=SIZES | st.none()))}
     teachers = st.lists(st.sampled_from(names), min_size=1, unique=True)
     gates = st.lists(st.sampled_from([
         {"metric": "accuracy", "max_drop": 0}, {"metric": "latency_p50", "min_speedup": 1.5},
         {"metric": "params", "max_ratio": 1e-7},
     ]))  # fmt: skip
+    transport = st.fixed_dictionaries({"stream": st.just("ot"), "ot": some(reg=FLOATS)})
     rest = some(
-        fuse=some(stream=st.sampled_from(["select", "ot"]), ridge=FLOATS, ot=some(reg=FLOATS)),
+        fuse=some(stream=st.sampled_from(["select", "ot"]), ridge=FLOATS) | transport,
         finetune=st.builds(
             dict.__or__, training, some(ema=FRACTIONS.filter(lambda x: 0 < x < 1) | st.none(),
                                         distill=some(teachers=teachers, hardness=FRACTIONS))
@@ -410,7 +425,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "version": 1, "name": draw(SLUGS), "family": "vit", "task": "image-classification",
-        "data": data | draw(some(image_size=COUNTS, train_split=TEXTS)),
+        "data": data | draw(some(image_size=COUNTS)),
         "parents": parents, "target": target, **draw(rest),
     }  # fmt: skip
 

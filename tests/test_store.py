@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,16 @@ import pytest
 from tiny_run import events, folder_bytes
 
 from slimfuse.errors import StorageError
-from slimfuse.store import CHECKPOINT, MANIFEST, Stage, Store, digest, free_bytes, write_text
+from slimfuse.store import (
+    CHECKPOINT,
+    LOCK,
+    MANIFEST,
+    Stage,
+    Store,
+    digest,
+    free_bytes,
+    write_text,
+)
 
 
 def writer(text: str = "content") -> Callable[[Path], None]:
@@ -105,25 +115,47 @@ def test_of_an_unfinished_stage_only_the_checkpoint_stays(store: Store) -> None:
 
     def goes_on(folder: Path) -> None:
         assert {f.name for f in folder.iterdir()} == {CHECKPOINT}
-        (folder / CHECKPOINT).unlink()
         writer()(folder)
 
     with pytest.raises(KeyboardInterrupt):
         store.stage("x", {}, stops)
     (left,) = (store.root / "stages").iterdir()
     assert left.suffix == ".partial"
-    assert set(store.stage("x", {}, goes_on).files) == {"sub/file.txt"}
+    stage = store.stage("x", {}, goes_on)
+    assert set(stage.files) == {"sub/file.txt"}
+    assert not (stage.path / CHECKPOINT).exists()
+
+
+def test_a_kill_after_the_work_keeps_the_checkpoint(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.root.mkdir()
+
+    def trains(folder: Path) -> None:
+        (folder / CHECKPOINT).write_text("all steps")
+        writer()(folder)
+
+    def stops(_folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slimfuse.store._sync", stops)
+    with pytest.raises(KeyboardInterrupt):
+        store.stage("x", {}, trains)
+    (left,) = (store.root / "stages").iterdir()
+    assert (left / CHECKPOINT).read_text() == "all steps"
 
 
 def test_publishing_replaces_the_whole_folder(store: Store) -> None:
     store.publish(made(store, "first"), "model")
     (store.root / "model" / "extra").write_text("not ours")
-    (store.root / "model.old").mkdir()  # as a kill in between leaves it
-    (store.root / "model.partial").mkdir()
-    (store.root / "model.partial" / "half").write_text("half")
+    for name in ("publish-model.partial", "withdraw-model.partial"):  # as a kill leaves them
+        (store.root / "stages" / name).mkdir()
+        (store.root / "stages" / name / "half").write_text("half")
+    (store.root / "model.old").mkdir()  # someone's own
     second = made(store, "second")
     assert folder_bytes(store.publish(second, "model")) == second.files
-    assert not list(store.root.glob("model.*"))
+    assert not list((store.root / "stages").glob("*.partial"))
+    assert (store.root / "model.old").is_dir()
 
 
 def test_publishing_the_same_again_touches_nothing(store: Store) -> None:
@@ -190,7 +222,13 @@ def test_room_is_told_for_a_folder_that_is_yet_to_be_made(store: Store) -> None:
     assert free_bytes(store.root / "deep" / "er") == pytest.approx(
         free_bytes(Path("/tmp")), rel=0.5
     )
-    assert store.used_bytes() == 0
-    stage = made(store)
-    assert store.used_bytes() > len("content")
-    assert free_bytes(stage.path) > 0
+    old = made(store, "old")
+    assert store.used_bytes("a lock") == 0
+    write_text(store.root / LOCK, "a lock")
+    for file in old.path.rglob("*"):
+        os.utime(file, (0, 0))
+    assert store.used_bytes("a lock") == 0  # made for another run
+    made(store)
+    assert store.used_bytes("a lock") > len("content")
+    assert store.used_bytes("another") == 0
+    assert free_bytes(old.path) > 0

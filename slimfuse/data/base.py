@@ -55,7 +55,12 @@ class Subset(Sequence[Image]):
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set with its native size and statistics; `fingerprint` is a sha256 of its content."""
+    """A data set with its native size and statistics.
+
+    fingerprint: identifies the content, the same wherever and whenever the same images, labels
+        and splits were read. Of a hub's data set it is the mark that `datasets` gives, which
+        follows its revision and the library's version.
+    """
 
     name: str
     train: Split

@@ -23,6 +23,7 @@ def load_digits() -> ImageData:
     train, test = train_test_split(
         np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0
     )
+    content = b"".join(part.tobytes() for part in (images, labels, train, test))
     mean, std = (float(f(grey[train] / 255)) for f in (np.mean, np.std))
     return ImageData(
         name="digits",
@@ -32,5 +33,5 @@ def load_digits() -> ImageData:
         image_size=8,
         mean=(mean,) * 3,
         std=(std,) * 3,
-        fingerprint=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
+        fingerprint=hashlib.sha256(content).hexdigest(),
     )

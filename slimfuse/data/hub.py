@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slimfuse.data.base import Image, ImageData, Split
-from slimfuse.errors import DataError
+from slimfuse.errors import DataError, first_line
+from slimfuse.progress import track
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -60,23 +61,23 @@ def load_hub(
         raise DataError(
             "the data set could not be loaded",
             where=where,
-            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
+            got=first_line(error),
             hint="give a folder on this machine, or a hub name while online",
         ) from error
-    missing = [s for s in (train_split, test_split) if s not in loaded]
-    if missing:
-        raise DataError(
-            f"split {missing[0]!r} does not exist",
-            where=where,
-            allowed=", ".join(loaded),
-            hint="set data.train_split and data.test_split",
-        )
+    for part, key in ((train_split, "train_split"), (test_split, "test_split")):
+        if part not in loaded:
+            raise DataError(
+                f"split {part!r} does not exist",
+                where=f"data.{key} of {path}",
+                allowed=", ".join(loaded),
+                hint="set data.train_split and data.test_split",
+            )
     features = loaded[train_split].features
     for column, key in ((image_column, "image_column"), (label_column, "label_column")):
         if column not in features:
             raise DataError(
                 f"column {column!r} does not exist",
-                where=where,
+                where=f"data.{key} of {path}",
                 allowed=", ".join(features),
                 hint=f"set data.{key}",
             )
@@ -84,7 +85,7 @@ def load_hub(
     if names is None:
         raise DataError(
             f"column {label_column!r} is not a class label",
-            where=where,
+            where=f"data.label_column of {path}",
             got=str(features[label_column]),
             hint="cast it with datasets' ClassLabel, or use an image folder",
         )
@@ -97,17 +98,55 @@ def load_hub(
     for name, split in ((train_split, train), (test_split, test)):
         if len(split) == 0 or split.labels.min() < 0:
             raise DataError(f"split {name!r} is empty or has unlabelled rows", where=where)
-    marks = ":".join(loaded[s]._fingerprint for s in (train_split, test_split))
+    local = Path(path).exists()
+    parts = {part: loaded[part] for part in (train_split, test_split)}
     return ImageData(
-        name=Path(path).name if folder else path,
+        name=Path(path).resolve().name if local else path,
         train=train,
         test=test,
         classes=tuple(names),
         image_size=image_size,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        fingerprint=hashlib.sha256(marks.encode() + train.labels.tobytes()).hexdigest(),
+        fingerprint=_fingerprint(parts, image_column, label_column, Path(path) if local else None),
     )
+
+
+def _fingerprint(
+    parts: Mapping[str, Any], image_column: str, label_column: str, root: Path | None
+) -> str:
+    """Return a sha256 of two splits: of the encoded images, their names and labels below `root`.
+
+    Without `root`, on a hub, it is made of the library's own marks of the splits.
+    """
+    import datasets
+
+    digest = hashlib.sha256()
+    for split, part in parts.items():
+        digest.update(f"{split}: {part.features[label_column].names}\n".encode())
+        if root is None:
+            digest.update(part._fingerprint.encode())
+            continue
+        raw = part.cast_column(image_column, datasets.Image(decode=False))
+        with track(f"reading {split} images", len(raw)) as tell:
+            for i, row in enumerate(raw.select_columns([image_column, label_column])):
+                name, sha256 = _encoded(row[image_column], root.resolve())
+                digest.update(f"{name}\0{row[label_column]}\0{sha256}\n".encode())
+                tell(i + 1)
+    return digest.hexdigest()
+
+
+def _encoded(image: Mapping[str, Any], root: Path) -> tuple[str, str]:
+    """Return an image's name below `root` and the sha256 of its undecoded bytes."""
+    path = Path(image["path"] or "")
+    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+    if image["bytes"] is not None:
+        return name, hashlib.sha256(image["bytes"]).hexdigest()
+    try:
+        with path.open("rb") as file:
+            return name, hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError("an image can't be read", where=str(path), got=first_line(error)) from error
 
 
 class _quiet:

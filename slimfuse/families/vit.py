@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from slimfuse.errors import ParentError, ShapeError
+from slimfuse.errors import ParentError, ShapeError, first_line
 from slimfuse.families.base import Block, Layout, Shape
 from slimfuse.spaces import Atlas, Space
 
@@ -117,7 +118,7 @@ class ViT:
             patch_size=patch_size,
             image_size=image_size,
             num_channels=3,
-            initializer_range=round((2 / (5 * shape.hidden_size)) ** 0.5, 4),
+            initializer_range=_start(shape.hidden_size),
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
         )
@@ -167,6 +168,7 @@ class ViT:
                 allowed=limits.num_hidden_layers,
             )
         narrowed = copy.deepcopy(config)
+        narrowed.initializer_range = _start(width)  # for the random-start control
         for key in Shape.__dataclass_fields__:
             setattr(narrowed, key, getattr(shape, key))
         if getattr(config, "pooler_output_size", None) == config.hidden_size:
@@ -194,7 +196,7 @@ class ViT:
             raise ParentError(
                 "the parent can't be opened",
                 where=str(folder),
-                got=_first_line(error),
+                got=first_line(error),
                 hint="give a folder with config.json and model.safetensors, or a hub id if online",
             ) from error
         if config.model_type != "vit":
@@ -230,7 +232,7 @@ class ViT:
             raise ParentError(
                 "the parent's weights can't be read",
                 where=str(folder),
-                got=_first_line(error),
+                got=first_line(error),
                 hint="the file may be cut off or not safetensors: fetch or save it again",
             ) from error
         wrong = {k: sorted(v)[:5] for k, v in info.items() if v}
@@ -275,6 +277,10 @@ class ViT:
         return int((config.image_size // config.patch_size) ** 2)
 
 
+def _start(width: int) -> float:
+    return round(math.sqrt(2 / (5 * width)), 4)
+
+
 def _block(i: int) -> Block:
     layer = f"vit.layers.{i}"
     return Block(
@@ -300,7 +306,3 @@ def _labels(config: Any) -> str:
     names = [str(v) for _, v in sorted(config.id2label.items(), key=lambda kv: int(kv[0]))]
     shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     return f"{len(names)} ({shown})"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -27,9 +27,10 @@ def labels_loss(
     """Return cross-entropy against labels (n,) as a loss of (model, indices)."""
 
     def loss(model: nn.Module, indices: Tensor) -> Tensor:
-        scores = model(pixel_values=batch(indices)).logits
+        device = _device(model)
+        scores = model(pixel_values=batch(indices).to(device)).logits
         return nn.functional.cross_entropy(
-            scores.float(), labels[indices], label_smoothing=label_smoothing
+            scores.float(), labels[indices].to(device), label_smoothing=label_smoothing
         )
 
     return loss
@@ -51,14 +52,18 @@ def distillation_loss(
     """
 
     def loss(model: nn.Module, indices: Tensor) -> Tensor:
-        inputs = batch(indices)
-        scores = model(pixel_values=inputs).logits.float()
+        inputs, device = batch(indices), _device(model)
+        scores = model(pixel_values=inputs.to(device)).logits.float()
         soft = nn.functional.kl_div(
             torch.log_softmax(scores / temperature, -1),
-            teach(indices, inputs),
+            teach(indices, inputs).to(device),
             reduction="batchmean",
         )
-        hard = nn.functional.cross_entropy(scores, labels[indices])
+        hard = nn.functional.cross_entropy(scores, labels[indices].to(device))
         return hardness * temperature**2 * soft + (1 - hardness) * hard
 
     return loss
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

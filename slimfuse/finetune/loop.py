@@ -66,13 +66,14 @@ def fit(
     loss: called with the model and the indices (batch,) of the samples of one step.
     checkpoint: a safetensors file, written every minute; if it exists, training goes on from it
     and ends with the same weights as an undisturbed run, because the order of the samples and
-    the random numbers of a step depend on the seed and the step alone.
+    the random numbers of a step depend on the seed and the step alone. The last one is left for
+    the caller to remove once the weights are safe.
     Raises SlimfuseError when the loss is not finite.
     """
-    model.train()
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no", cpu=not torch.cuda.is_available()
-    )
+    # autocast is ours: accelerate's own precision is fixed for the life of the process
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    device = accelerator.device.type
+    model.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.lr)
     average = (
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema))
@@ -92,7 +93,8 @@ def fit(
             rate = schedule.lr * _factor(step, schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            value = loss(wrapped, indices)
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                value = loss(wrapped, indices)
             if not bool(torch.isfinite(value)):
                 raise SlimfuseError(
                     f"the loss is not finite at step {step} while {what}",
@@ -109,9 +111,9 @@ def fit(
             if time.monotonic() - saved >= CHECKPOINT_SECONDS:
                 _save(checkpoint, model, optimizer, average, history)
                 saved = time.monotonic()
+    _save(checkpoint, model, optimizer, average, history)
     if average is not None:
         model.load_state_dict(average.module.state_dict())
-    checkpoint.unlink(missing_ok=True)
     model.eval()
     return history
 

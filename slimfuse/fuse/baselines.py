@@ -28,9 +28,10 @@ def subclone(parent: nn.Module, target: nn.Module, family: Family) -> None:
         maps[name] = LinearMap(pick, pick * (size / keep) ** 0.5)
     moved = transform(state, atlas, maps)
     scale = family.query_scale(parent.config, target.config)
+    queries = {block.q for block in family.layout(target.config).blocks}
     with torch.no_grad():
         for name, value in target.state_dict().items():
-            value.copy_(moved[name] * (scale if "q_proj" in name else 1.0))
+            value.copy_(moved[name] * (scale if name.rsplit(".", 1)[0] in queries else 1.0))
 
 
 def _norms(state: dict[str, Tensor], atlas: Atlas, space: str) -> Tensor:

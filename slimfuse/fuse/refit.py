@@ -111,8 +111,9 @@ class _Refit:
     def run(self) -> Fusion:
         parents = self.union.parents
         self.importance = token_importance(
-            [p.model for p in parents], self.union.layouts, self.batches()
-        )
+            [p.model for p in parents], self.union.layouts, self.batches(),
+            [p.weight for p in parents],
+        )  # fmt: skip
         joint = self.union.joint_stream(self.batches(), self.importance, self.n_batches)
         common = consensus(joint, self.union.widths, [p.weight for p in parents])
         narrow = stream_map(common.second, self.width, self.settings.stream, reg=self.settings.reg)
@@ -168,7 +169,7 @@ class _Refit:
     def _attention(self, layer: int) -> None:
         block, union = self.layout.blocks[layer], self.union
         contexts = Moments(all=sum(union.units(layer, "v")))
-        norms = [Moments(x=d) for d in union.widths]
+        queries, keys = ([Moments(x=d) for d in union.widths] for _ in range(2))
         after = []
         for streams in self.x:
             normed = union.normed(block.attention_norm, streams)
@@ -176,19 +177,23 @@ class _Refit:
             after.append(mid)
             weights = self._weights(2 * layer + 1, len(streams[0]))
             contexts.update(weights, all=torch.cat([rows(h) for h in heads], dim=1))
-            for moments, x in zip(norms, normed, strict=True):
-                moments.update(x=rows(x))
+            for query, key, x in zip(queries, keys, normed, strict=True):
+                query.update(weights, x=rows(x))  # a query acts on its own token only
+                key.update(x=rows(x))
         choice = choose_heads(
             union, layer, contexts.cov("all"), union.outputs(self.mixes, layer, "o"),
-            [union.head_scores(p, layer, norms[p]) for p in range(len(union))],
+            [union.head_scores(p, layer, queries[p], keys[p]) for p in range(len(union))],
             self.shape.num_attention_heads, self.head_dims, self.settings.units,
         )  # fmt: skip
         if self.target.get_submodule(block.q).bias is None:
             # what it normalises is orthogonal to the ones, so they stand for a bias of the readers
             self.target.get_parameter(f"{block.attention_norm}.bias").fill_(1)
         read = self._reading(block.attention_norm, 2 * layer)
-        for name, scales in ((block.q, self.query_scales), (block.k, None), (block.v, None)):
-            self._fit_reader(name, layer, block.attention_norm, choice, read, scales)
+        ask = self._reading(block.attention_norm, 2 * layer + 1)
+        norm = block.attention_norm
+        self._fit_reader(block.q, layer, norm, choice, ask, self.query_scales)
+        self._fit_reader(block.k, layer, norm, choice, read, None)
+        self._fit_reader(block.v, layer, norm, choice, read, None)
         self._fit_writer(
             block.o,
             layer,

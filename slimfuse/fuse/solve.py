@@ -41,37 +41,41 @@ def greedy_groups(cov: Tensor, out: Tensor, groups: Sequence[Tensor], keep: int)
     prediction from the groups taken so far, Σ the covariance left over and G = out Σ.
     cov: (n, n); out: (p, n); groups: index tensors into n. Ties go to the first group.
     """
-    left, weighted = cov.clone(), out @ cov
-    scale = cov.diagonal().clamp_min(0).mean()
+    weighted, variance = out @ cov, cov.diagonal().clone()
+    tiny = float(RANK_TOLERANCE * variance.clamp_min(0).mean())
+    factor = torch.zeros(len(cov), 0, dtype=cov.dtype)  # cov - factor·factorᵀ is what is left
     chosen: list[int] = []
     single = all(len(g) == 1 for g in groups)
     flat = torch.cat(list(groups))
+
+    def block(index: Tensor) -> Tensor:
+        return cov[index][:, index] - factor[index] @ factor[index].T
+
+    def drop(index: Tensor) -> Tensor:
+        read = weighted[:, index]
+        return (read @ _pinv(block(index), tiny) * read).sum()
+
     for _ in range(keep):
         if single:
-            variance = left.diagonal()[flat]
-            score = weighted[:, flat].square().sum(0) / variance.clamp_min(RANK_TOLERANCE * scale)
+            score = weighted[:, flat].square().sum(0) / variance[flat].clamp_min(tiny)
         else:
-            score = torch.stack([_drop(left, weighted, g, scale) for g in groups])
+            score = torch.stack([drop(g) for g in groups])
         score[chosen] = -torch.inf
         best = int(score.argmax())
         chosen.append(best)
         index = groups[best]
-        block = left[index][:, index]
-        inverse = torch.linalg.pinv(
-            block, atol=float(RANK_TOLERANCE * scale), rtol=0.0, hermitian=True
-        )
-        columns = left[:, index]
-        weighted = weighted - weighted[:, index] @ inverse @ columns.T
-        left = left - columns @ inverse @ columns.T
+        columns = cov[:, index] - factor @ factor[index].T
+        root = roots(_pinv(block(index), tiny))[0]
+        weighted = weighted - weighted[:, index] @ root @ (columns @ root).T
+        variance -= (columns @ root).square().sum(1)
+        factor = torch.cat([factor, columns @ root], dim=1)
     return chosen
 
 
-def _drop(left: Tensor, weighted: Tensor, index: Tensor, scale: Tensor) -> Tensor:
-    block, read = left[index][:, index], weighted[:, index]
-    inverse: Tensor = torch.linalg.pinv(
-        block, atol=float(RANK_TOLERANCE * scale), rtol=0.0, hermitian=True
-    )
-    return (read @ inverse * read).sum()
+def _pinv(matrix: Tensor, tolerance: float) -> Tensor:
+    """Return the pseudo-inverse of a covariance; directions below `tolerance` count as nought."""
+    inverse: Tensor = torch.linalg.pinv(matrix, atol=tolerance, rtol=0.0, hermitian=True)
+    return inverse
 
 
 def roots(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slimfuse.fuse.solve import RANK_TOLERANCE, decoder
+from slimfuse.fuse.solve import RANK_TOLERANCE, decoder, greedy_groups
 from slimfuse.transport import TransportMap, from_assignment, solve, standardised_cost
 
 StreamMethod = Literal["pca", "select", "ot", "cluster"]
@@ -123,8 +123,6 @@ def stream_map(
 
 def pivots(second: Tensor, count: int) -> list[int]:
     """Return `count` channels that explain the others best (greedy, see `greedy_groups`)."""
-    from slimfuse.fuse.solve import greedy_groups
-
     singles = list(torch.arange(len(second))[:, None])
     return sorted(greedy_groups(second, torch.eye(len(second), dtype=second.dtype), singles, count))
 

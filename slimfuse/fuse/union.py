@@ -104,17 +104,19 @@ class Union:
             after.append(x + out)
         return units, after
 
-    def head_scores(self, p: int, layer: int, norm: Moments) -> list[tuple[Tensor, Tensor]]:
+    def head_scores(
+        self, p: int, layer: int, query: Moments, key: Moments
+    ) -> list[tuple[Tensor, Tensor]]:
         """Return the second moment of q and the covariance of k for every head of a parent.
 
-        norm: moments of the normed stream, site "x". Keys enter centred, because what is constant
-        over keys leaves the softmax as it was.
+        query, key: moments of the normed stream, site "x", weighted for each. Keys enter centred,
+        because what is constant over keys leaves the softmax as it was.
         """
         dims = self.head_dims[p]
         q, k = self.weight(p, layer, "q"), self.weight(p, layer, "k")
         bias = self.states[p].get(f"{self.layouts[p].blocks[layer].q}.bias")
-        mean = q @ norm.mean("x") + (0.0 if bias is None else bias.double())
-        queries = q @ norm.cov("x") @ q.T + torch.outer(mean, mean)
-        keys = k @ norm.cov("x") @ k.T
+        mean = q @ query.mean("x") + (0.0 if bias is None else bias.double())
+        queries = q @ query.cov("x") @ q.T + torch.outer(mean, mean)
+        keys = k @ key.cov("x") @ k.T
         cuts = [slice(h, h + dims) for h in range(0, len(q), dims)]
         return [(queries[c, c], keys[c, c]) for c in cuts]

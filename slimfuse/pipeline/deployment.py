@@ -33,6 +33,16 @@ from slimfuse.tasks.image_classification import Pixels, load_processor
 PARITY_BATCHES = (1, 3, 5)  # the graph is traced with 2
 PARITY_RTOL = 1e-4
 CHILDREN = ("onnx", "onnx-int8")
+SINGLE_FLOPS = 1e12  # about a minute at batch 1 on one core
+
+
+def batch_of(row: str, flops: float) -> int:
+    """Return the batch size at which an ONNX file's accuracy is measured in `flops` of work.
+
+    INT8 takes its activations' scales from the batch, so it is measured one image at a time, as
+    it will be used, where that is quick. Every other file gives the same at any batch.
+    """
+    return 1 if row == "onnx-int8" and flops <= SINGLE_FLOPS else EVALUATION_BATCH
 
 
 class Deployment:
@@ -92,22 +102,25 @@ class Deployment:
         inputs = {"onnx": exported.key, "reduce_range": plan.reduce_range, "tools": _tools()}
         return self.store.stage("int8", inputs, build)
 
-    def scores(self, stage: Stage, file: str, saved: Path) -> Tensor:
+    def scores(self, stage: Stage, file: str, saved: Path, *, batch: int) -> Tensor:
         """Return the test logits of an ONNX file, through the *saved* processor of `saved`."""
 
         def build(folder: Path) -> None:
             session = open_session(stage.path / file, threads=self.job.threads)
             pixels = Pixels(self.job.data.test, load_processor(saved))
-            parts = [
-                session.run(["logits"], {"pixel_values": pixels[chunk].numpy()})[0]
-                for chunk in _chunks(len(pixels), EVALUATION_BATCH)
-            ]
+            parts = []
+            with track(f"measuring {stage.name}", len(pixels)) as tell:
+                for chunk in torch.split(torch.arange(len(pixels)), batch):
+                    parts.append(
+                        session.run(["logits"], {"pixel_values": pixels[chunk].numpy()})[0]
+                    )
+                    tell(int(chunk[-1]) + 1)
             scores = torch.from_numpy(np.concatenate(parts))
             save_file({"test": scores}, folder / "logits.safetensors")
 
         made = self.store.stage(
             f"scores-{stage.name}",
-            self.base | {"model": stage.key, "file": file, "tools": _tools()},
+            self.base | {"model": stage.key, "file": file, "batch": batch, "tools": _tools()},
             build,
         )
         return load_file(made.path / "logits.safetensors")["test"]
@@ -148,10 +161,6 @@ class Deployment:
             "machine": environment(),  # what was timed elsewhere is no figure of this machine
         }
         return self.store.stage("bench", inputs, build)
-
-
-def _chunks(count: int, size: int) -> list[Tensor]:
-    return [torch.arange(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def _tools() -> dict[str, str]:

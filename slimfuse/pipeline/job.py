@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from slimfuse_export.environment import cores_allowed, cpu_quota
 
 from slimfuse.data import ImageData, Split, load_digits, load_fashion_mnist, load_hub
-from slimfuse.errors import DataError, ParentError, ShapeError
+from slimfuse.errors import DataError, ParentError, ShapeError, first_line
 from slimfuse.families import FAMILIES, Family, Shape
 from slimfuse.finetune.loop import Precision, best_precision
 from slimfuse.recipe import Data, Parent, Recipe, Target, Train
@@ -82,6 +82,8 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     widest = max(configs.values(), key=lambda c: family.shape(c).hidden_size)
     target = family.narrow(widest, target_shape(recipe.target, configs, family))
     _check_width(family.shape(target).hidden_size, configs, family)
+    if "subclone" in recipe.baselines:
+        _check_subclone(target, configs, family)
     processor = _processor(folders, data, size)
     for folder in folders.values():
         family.load(folder)  # strict, and sees a file that was cut off
@@ -106,8 +108,9 @@ def prepare(recipe: Recipe, path: Path) -> Job:
 
 
 def cores() -> int:
-    """Return the processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the processor cores this process may use: those allowed, no more than its quota."""
+    quota = cpu_quota()
+    return cores_allowed() if quota is None else min(cores_allowed(), max(1, int(quota)))
 
 
 def find_parent(parent: Parent, beside: Path) -> Path:
@@ -116,10 +119,21 @@ def find_parent(parent: Parent, beside: Path) -> Path:
     given = Path(parent.from_).expanduser()
     for folder in (beside / given, given):
         if folder.is_dir():
+            if parent.revision is not None:
+                raise ParentError(
+                    "a revision goes only with a hub id, and this is a folder here",
+                    where=f"parents.{parent.name}.revision",
+                    got=parent.revision,
+                    hint="remove the key",
+                )
             _need_files(parent.name, folder)
             return folder
-    looks_local = parent.from_.startswith((".", "/", "~")) or parent.from_.count("/") != 1
     hint = "give a folder with config.json, model.safetensors and preprocessor_config.json"
+    looks_local = parent.from_.startswith((".", "/", "~")) or parent.from_.count("/") != 1
+    top = Path(given.parts[0])
+    if not looks_local and ((beside / top).is_dir() or top.is_dir()):
+        looks_local = True  # a mistyped path rather than a hub id
+        hint = f"the folder {top} is here, but {given.name} is not in it; {hint}"
     if looks_local:
         raise ParentError(
             f"parent {parent.name!r} does not exist",
@@ -137,7 +151,7 @@ def find_parent(parent: Parent, beside: Path) -> Path:
         raise ParentError(
             f"parent {parent.name!r} is neither a folder here nor to be had from the hub",
             where=f"parents.{parent.name}.from",
-            got=f"{parent.from_} ({type(error).__name__})",
+            got=f"{parent.from_} ({first_line(error)})",
             hint=f"{hint}, or a hub id while online",
         ) from error
     _need_files(parent.name, Path(fetched))
@@ -274,6 +288,24 @@ def _check_width(width: int, configs: Mapping[str, Any], family: Family) -> None
             got=width,
             allowed=f"1 … {limit}, the width of {first}",
             hint="put the widest parent first",
+        )
+
+
+def _check_subclone(target: Any, configs: Mapping[str, Any], family: Family) -> None:
+    """Demand that the first parent has enough units everywhere to copy from."""
+    first, config = next(iter(configs.items()))
+    have, want = family.atlas(config), family.atlas(target)
+    short = [
+        f"{name}: {have.spaces[name].size} units, the target has {want.spaces[name].size}"
+        for name in want.free
+        if have.spaces[name].size < want.spaces[name].size
+    ]
+    if short:
+        raise ShapeError(
+            f"baseline subclone copies units of the first parent, and {first} has too few",
+            where="baselines",
+            got="; ".join(short[:3]),
+            hint="make the target smaller, put a larger parent first, or leave subclone out",
         )
 
 

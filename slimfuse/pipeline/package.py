@@ -1,4 +1,4 @@
-"""The deployable folder: one layout that transformers, ORTModel and transformers.js open."""
+"""The deployable folder: the layout that transformers and transformers.js expect."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ on `{{ data }}`, {{ training }}.
 
 | file | accuracy ({{ n }} test images, 95 % interval) |
 | --- | --- |
-{% for row in files %}| `{{ row.file }}` | {{ row.accuracy }} |
+{% for row in files %}| `{{ row.file }}` | {{ row.accuracy }}{{ row.note }} |
 {% endfor %}
+{% if decided %}
+
+That the INT8 file comes along (it loses no more than {{ decided }}) was decided on the test set.
+{% endif %}
 
 ```python
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -84,12 +88,20 @@ def _prove(folder: Path, job: Job) -> None:
 
 
 def model_card(
-    job: Job, steps: int, parents: dict[str, Measured], files: dict[str, Measured], version: str
+    job: Job,
+    steps: int,
+    parents: dict[str, Measured],
+    files: dict[str, tuple[Measured, int | None]],
+    version: str,
 ) -> str:
-    """Return README.md; it holds nothing that differs from run to run."""
+    """Return README.md; it holds nothing that differs from run to run.
+
+    files: accuracy of each file, and the batch size it was measured at where that matters.
+    """
     family = job.family
     taught = ", ".join(t.name for t in job.teachers)
     several = len(job.teachers) > 1
+    quantize = job.recipe.export.quantize
     template = Environment(autoescape=False, trim_blocks=True).from_string(CARD)  # noqa: S701 - Markdown
     return template.render(
         name=job.recipe.name,
@@ -105,7 +117,13 @@ def model_card(
         if steps
         else "not finetuned",
         n=len(job.data.test),
-        files=[{"file": file, "accuracy": percent(m)} for file, m in files.items()],
+        files=[
+            {"file": file, "accuracy": percent(m), "note": f", at batch {batch}" if batch else ""}
+            for file, (m, batch) in files.items()
+        ],
+        decided=f"{quantize.max_drop:.2%}"
+        if quantize.mode == "auto" and "onnx/model_quantized.onnx" in files
+        else "",
     )
 
 

@@ -62,18 +62,17 @@ def make_plan(job: Job) -> Plan:
     moments = 8 * 4 * units**2
     rows = 8 * recipe.fuse.batch_size * _tokens(job) * 3 * units
     fusing = sum(m.bytes for m in models) + child.bytes + streams + moments + rows
-    activations = 4 * 128 * _tokens(job) * 24 * max(widths) * child_depth(job)
-    training = 4 * largest + activations
+    training = 4 * largest + _activations(job)
     exporting = 6 * largest
     memory = RUNTIME_BYTES + cached + max(fusing, training, exporting)
     disk = 3 * sum(m.bytes for m in models) + 12 * child.bytes + (8 << 20)
     return Plan((*models, child), memory, disk)
 
 
-def check_disk(plan: Plan, store: Store) -> None:
-    """Raise StorageError when the disk can't hold what the run will write."""
+def check_disk(plan: Plan, store: Store, lock: str) -> None:
+    """Raise StorageError when the disk can't hold what the run with this lock will yet write."""
     free = free_bytes(store.root)
-    if free + store.used_bytes() < plan.disk:
+    if free + store.used_bytes(lock) < plan.disk:
         raise StorageError(
             "the disk is too full for this run",
             where=str(store.root),
@@ -83,9 +82,18 @@ def check_disk(plan: Plan, store: Store) -> None:
         )
 
 
-def child_depth(job: Job) -> int:
-    """Return the number of layers."""
-    return job.family.shape(job.target).num_hidden_layers
+def _activations(job: Job) -> int:
+    """Return the bytes that the largest training step keeps for its way back."""
+    finetune = job.recipe.finetune
+    trained = [(job.target, finetune.batch_size)] if finetune.epochs else []
+    trained += [(p.config, p.train.batch_size) for p in job.parents if p.train is not None]
+    tokens = _tokens(job)
+    sizes = [0]
+    for config, batch in trained:
+        shape = job.family.shape(config)
+        a_token = 24 * shape.hidden_size + 2 * shape.num_attention_heads * tokens  # scores, softmax
+        sizes.append(4 * batch * tokens * a_token * shape.num_hidden_layers)
+    return max(sizes)
 
 
 def _planned(job: Job, name: str, config: object, steps: int) -> Planned:

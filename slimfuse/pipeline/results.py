@@ -43,6 +43,7 @@ class Measurements:
     latency: Stage
     lock: dict[str, Any]
     scores: dict[str, Tensor]
+    batches: dict[str, int]
 
 
 def make_report(m: Measurements) -> Report:
@@ -89,7 +90,8 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
 
     def figures(name: str) -> dict[str, Figure]:
         x = m.measured[name]
-        return {"accuracy": Figure(x.value, n=x.n, low=x.low, high=x.high, note="test set")}
+        note = f"test set, at batch {m.batches[name]}" if name in m.batches else "test set"
+        return {"accuracy": Figure(x.value, n=x.n, low=x.low, high=x.high, note=note)}
 
     rows = []
     for name, (folder, _) in m.parents.items():
@@ -110,7 +112,11 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
     )  # fmt: skip
     if m.int8 is not None:
         file = m.int8.path / "model_quantized.onnx"
-        note = "not shipped: it loses more than max_drop" if m.int8_dropped else ""
+        note = ""
+        if m.int8_dropped:
+            note = "not shipped: it loses more than max_drop, decided on the test set"
+        elif m.job.recipe.export.quantize.mode == "auto":
+            note = "shipped: it loses no more than max_drop, decided on the test set"
         rows.append(
             Row("onnx-int8", "onnx-int8", figures("onnx-int8"), child.params, child.flops,
                 file.stat().st_size, timed("onnx-int8"), note=note)
@@ -165,7 +171,10 @@ def _warnings(m: Measurements, latencies: list[dict[str, Any]]) -> list[str]:
         out.append(f"the machine was busy while timing {', '.join(noisy)}: measure again")
     if m.int8_dropped:
         drop = m.measured["onnx"].value - m.measured["onnx-int8"].value
-        out.append(f"INT8 loses {drop:.2%} of accuracy, more than max_drop: it was not shipped")
+        out.append(
+            f"INT8 loses {drop:.2%} of accuracy, more than max_drop: it was not shipped "
+            "(decided on the test set)"
+        )
     samples = min(m.job.recipe.data.calibration.samples, len(m.job.data.train))
     width = m.job.family.shape(m.job.target).hidden_size
     if samples < 2 * width:
@@ -175,7 +184,9 @@ def _warnings(m: Measurements, latencies: list[dict[str, Any]]) -> list[str]:
         )
     plan = load_fusion(m.fused.path)["plan"]
     if plan is not None and not plan["converged"]:
-        out.append("the transport plan of the stream did not converge: raise fuse.ot.reg")
+        sinkhorn = m.job.recipe.fuse.ot.solver == "sinkhorn"
+        hint = ": raise fuse.ot.reg" if sinkhorn else ""
+        out.append(f"the transport plan of the stream did not converge{hint}")
     return out
 
 
@@ -196,7 +207,7 @@ def _stream_pictures(m: Measurements, fusion: dict[str, Any]) -> list[Picture]:
         Picture(
             "Energy of the residual stream",
             f"The {method} map to {width} channels keeps {kept:.1%} of the parents' common stream; "
-            f"{_width_for(energy, 0.99)} directions hold 99 %.",
+            f"{_width_for(energy, 0.99)} directions hold 99 %. Measured on the calibration images.",
             f"Cumulative share of energy over directions, reaching 99 % at "
             f"{_width_for(energy, 0.99)} of {len(energy)}.",
             "lines",
@@ -237,7 +248,8 @@ def _stream_pictures(m: Measurements, fusion: dict[str, Any]) -> list[Picture]:
         pictures.append(
             Picture(
                 "How much of the first parent's stream each parent explains",
-                "Parents that explain little have streams of their own: more of them is lost.",
+                "Parents that explain little have streams of their own: more of them is lost. "
+                "Measured on the calibration images.",
                 "; ".join(
                     f"{n} {a:.0%}"
                     for n, a in zip(fusion["parents"], fusion["agreement"], strict=True)
@@ -278,7 +290,7 @@ def _part_pictures(fusion: dict[str, Any]) -> list[Picture]:
         Picture(
             "What each refitted part misses",
             f"Largest: {PART_NAMES.get(worst['part'], worst['part'])} of layer {worst['layer']}, "
-            f"{worst['error']:.1%} of its goal's variance.",
+            f"{worst['error']:.1%} of its goal's variance. Measured on the calibration images.",
             f"Refit error over {len(layers)} layers, one line a part.",
             "lines",
             {"series": {k: v for k, v in series.items() if len(v["x"]) > 1},
@@ -288,7 +300,7 @@ def _part_pictures(fusion: dict[str, Any]) -> list[Picture]:
         Picture(
             "Error of the stream with depth",
             f"The narrow stream ends {errors[-1]:.1%} off the parents' common one; a rising line "
-            "would mean that errors pile up.",
+            "would mean that errors pile up. Measured on the calibration images.",
             "Line of the stream's error after each attention and MLP.",
             "lines",
             {"series": {"stream": {"x": list(range(1, len(errors) + 1)), "y": errors}},

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ import torch
 from ruamel.yaml import YAML
 
 from slimfuse import __version__
+from slimfuse.errors import UserError
 from slimfuse.finetune.loop import steps_of
-from slimfuse.pipeline.deployment import Deployment
+from slimfuse.pipeline.deployment import Deployment, batch_of
 from slimfuse.pipeline.job import Job, prepare
 from slimfuse.pipeline.package import build_package, model_card
 from slimfuse.pipeline.planning import Plan, check_disk, make_plan
 from slimfuse.pipeline.results import Measurements, make_report
-from slimfuse.pipeline.stages import Stages
+from slimfuse.pipeline.stages import LIBRARIES, Stages
 from slimfuse.progress import console, working
-from slimfuse.recipe import load_recipe
+from slimfuse.recipe import Located, load_located
 from slimfuse.report import Report, render_html, to_json
-from slimfuse.store import Store, write_text
+from slimfuse.store import LOCK, RESULTS, Store, write_text
 from slimfuse.tasks.image_classification import Measured
 
 
@@ -45,7 +47,16 @@ def plan(recipe: str | Path, *, overrides: tuple[str, ...] = ()) -> Plan:
     """Return what `compress` would make of a recipe, and what it needs, before any work."""
     quiet()
     path = Path(recipe)
-    return make_plan(prepare(load_recipe(path, overrides), path))
+    return make_plan(_prepared(load_located(path, overrides), path))
+
+
+def _prepared(loaded: Located, path: Path) -> Job:
+    """Return the job of a recipe; an error about one of its keys tells the key's line."""
+    try:
+        return prepare(loaded.recipe, path)
+    except UserError as error:
+        error.where = loaded.locate(error.where)
+        raise
 
 
 def compress(
@@ -62,14 +73,16 @@ def compress(
     """
     quiet()
     path = Path(recipe)
-    loaded = load_recipe(path, overrides)
-    job = prepare(loaded, path)
-    store = Store(Path(out) if out is not None else Path("runs") / loaded.name)
+    loaded = load_located(path, overrides)
+    store = Store(Path(out) if out is not None else Path("runs") / loaded.recipe.name)
+    store.check_ours()
+    job = _prepared(loaded, path)
     planned = make_plan(job)
-    check_disk(planned, store)
+    lock = lock_text(job)
+    check_disk(planned, store, lock)
     torch.set_num_threads(job.threads)
     with store.lock():
-        write_lock(job, store)
+        write_lock(lock, store)
         return _run(job, store, planned, _command(path, overrides, out))
 
 
@@ -99,13 +112,21 @@ def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
         measured[name] = stages.accuracy(stages.scores(baselines[name]))
         say(f"baseline {name}", measured[name])
 
+    batches = {
+        row: batch_of(row, planned.models[-1].flops * len(job.data.test))
+        for row in ("onnx", "onnx-int8")
+    }
     exported, parity = deployment.export("child", finetuned.path, finetuned.key)
-    measured["onnx"] = stages.accuracy(deployment.scores(exported, "model.onnx", finetuned.path))
+    measured["onnx"] = stages.accuracy(
+        deployment.scores(exported, "model.onnx", finetuned.path, batch=batches["onnx"])
+    )
     int8 = None
     if job.recipe.export.quantize.mode != "none":
         int8 = deployment.quantised(exported)
         measured["onnx-int8"] = stages.accuracy(
-            deployment.scores(int8, "model_quantized.onnx", finetuned.path)
+            deployment.scores(
+                int8, "model_quantized.onnx", finetuned.path, batch=batches["onnx-int8"]
+            )
         )
         say("ONNX INT8", measured["onnx-int8"])
     drop = measured["onnx"].value - measured["onnx-int8"].value if int8 is not None else 0.0
@@ -118,9 +139,8 @@ def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
     steps = steps_of(
         len(job.data.train), job.recipe.finetune.epochs, job.recipe.finetune.batch_size
     )
-    card = model_card(
-        job, steps, measured, {file: measured[row] for file, row in files.items()}, __version__
-    )
+    shown = {file: (measured[row], batches.get(row)) for file, row in files.items()}
+    card = model_card(job, steps, measured, shown, __version__)
     package = store.stage(
         "package",
         {"finetuned": finetuned.key, "onnx": exported.key, "card": card,
@@ -143,7 +163,7 @@ def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
             job=job, plan=planned, command=command, measured=measured, parents=parents,
             parity={**parent_parity, "onnx": parity}, fused=fused, finetuned=finetuned,
             baselines=baselines, exported=exported, int8=int8, int8_dropped=int8 is not shipped,
-            latency=latency, lock=lock_of(job),
+            latency=latency, lock=lock_of(job), batches=batches,
             scores={name: stages.outputs(p).test for name, p in _named(job).items()}
             | {"finetuned": stages.scores(finetuned)},
         )
@@ -161,25 +181,28 @@ def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
 BASELINES = {"random": "random-start", "subclone": "subclone"}
 
 
-def write_lock(job: Job, store: Store) -> None:
+def write_lock(text: str, store: Store) -> None:
     """Write recipe.lock.yaml; results of another recipe are withdrawn first."""
+    store.check_ours()
+    path = store.root / LOCK
+    if not path.is_file() or path.read_bytes() != text.encode():
+        store.withdraw(*RESULTS)
+        write_text(path, text)
+
+
+def lock_text(job: Job) -> str:
+    """Return what recipe.lock.yaml holds."""
     import io
 
     text = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.dump(lock_of(job), text)
-    path = store.root / "recipe.lock.yaml"
-    if not path.is_file() or path.read_bytes() != text.getvalue().encode():
-        store.withdraw("report.json", "report.html", "model")
-        write_text(path, text.getvalue())
+    return text.getvalue()
 
 
 def lock_of(job: Job) -> dict[str, Any]:
     """Return everything a run depends on: the full recipe, versions, digests of the inputs."""
-    import onnxruntime
-    import transformers
-
     return {
         "slimfuse": __version__,
         "recipe": _without_machine_paths(job.recipe.to_lock()),
@@ -190,9 +213,7 @@ def lock_of(job: Job) -> dict[str, Any]:
         },
         "versions": {
             "python": ".".join(map(str, sys.version_info[:3])),
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "onnxruntime": onnxruntime.__version__,
+            **{name: version(name) for name in (*LIBRARIES, "onnxruntime")},
         },
         "sha256": {
             "data": job.data.fingerprint,
@@ -244,4 +265,4 @@ def quiet() -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
-__all__ = ["Run", "compress", "lock_of", "plan", "quiet", "write_lock"]
+__all__ = ["Run", "compress", "lock_of", "lock_text", "plan", "quiet", "write_lock"]

@@ -32,6 +32,10 @@ from slimfuse.tasks.image_classification import (
 )
 
 EVALUATION_BATCH = 256
+LIBRARIES = (
+    "torch", "transformers", "accelerate", "safetensors", "numpy", "pillow", "POT", "scikit-learn",
+)  # fmt: skip
+"""What computes the stages: their versions are part of each address and of the lock."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Stages:
         self._pixels: dict[str, Pixels] = {}
         self.base = {
             "slimfuse": __version__,
-            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "versions": {name: version(name) for name in LIBRARIES},
             "threads": job.threads,
             "processor": _plain(job.processor.to_dict()),
             "data": job.data.fingerprint,
@@ -136,8 +140,8 @@ class Stages:
             torch.manual_seed(self.recipe.runtime.seed)
             model = self.job.family.build(self.job.target)
             if kind == "subclone":
-                best = max(parents, key=lambda p: self.accuracy(self.outputs(p[0]).test).value)
-                subclone(self.job.family.load(best[1]), model, self.job.family)
+                _, anchor, _ = parents[0]  # a choice by test accuracy would look at the test set
+                subclone(self.job.family.load(anchor), model, self.job.family)
             elif kind == "fused":
                 loaded = [Parent(p.name, self.job.family.load(f), p.weight) for p, f, _ in parents]
                 samples = self.job.data.train.sample(calibration.samples, calibration.seed)

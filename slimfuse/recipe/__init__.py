@@ -6,7 +6,14 @@ Imports no torch, so that `slimfuse recipe check` answers at once.
 from __future__ import annotations
 
 from slimfuse.recipe.inputs import Calibration, Data, Limit, Parent, Train, TrainConfig
-from slimfuse.recipe.loading import RecipeInfo, find_recipes, load_recipe, recipe_schema
+from slimfuse.recipe.loading import (
+    Located,
+    RecipeInfo,
+    find_recipes,
+    load_located,
+    load_recipe,
+    recipe_schema,
+)
 from slimfuse.recipe.models import (
     Bench,
     Distill,
@@ -33,6 +40,7 @@ __all__ = [
     "Gate",
     "InvalidRecipe",
     "Limit",
+    "Located",
     "Ot",
     "Parent",
     "Problem",
@@ -44,6 +52,7 @@ __all__ = [
     "Train",
     "TrainConfig",
     "find_recipes",
+    "load_located",
     "load_recipe",
     "recipe_schema",
 ]

@@ -73,6 +73,12 @@ class Data(Strict):
         if source in ("digits", "fashion-mnist", "imagefolder") and config is not None:
             what = f"source {source!r} takes no config"
             findings.append(Finding(("config",), what, allowed="null"))
+        if source in ("digits", "fashion-mnist"):
+            for key in ("train_split", "test_split", "image_column", "label_column"):
+                default = cls.model_fields[key].default
+                if raw.get(key, default) != default:
+                    what = f"source {source!r} takes no {key}"
+                    findings.append(Finding((key,), what, allowed="no such key"))
         return findings
 
 

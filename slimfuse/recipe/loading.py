@@ -16,7 +16,7 @@ from slimfuse.errors import RecipeError
 from slimfuse.recipe.explain import explain
 from slimfuse.recipe.models import Recipe
 from slimfuse.recipe.overrides import apply_override
-from slimfuse.recipe.problems import InvalidRecipe, Problem
+from slimfuse.recipe.problems import InvalidRecipe, Loc, Problem
 from slimfuse.recipe.tree import MAX_BYTES, Tree, read_file
 
 
@@ -32,11 +32,41 @@ class RecipeInfo:
     error: RecipeError | None = None
 
 
+@dataclass(frozen=True)
+class Located:
+    """A recipe with the places of its keys."""
+
+    recipe: Recipe
+    tree: Tree
+
+    def locate(self, where: str | None) -> str | None:
+        """Put file:line before a `where` that names a key (`target.hidden_size`, `parents.a.from`).
+
+        The key may be followed by more words; anything else is returned as it is.
+        """
+        key = (where or "").partition(" ")[0]
+        top, _, rest = key.partition(".")
+        if top not in Recipe.model_fields:
+            return where
+        loc: Loc = (top, *filter(None, rest.split(".")))
+        if top == "parents":  # by name, which may hold dots, where the file has an index
+            by_length = sorted(enumerate(self.recipe.parents), key=lambda item: len(item[1].name))
+            for i, parent in by_length:
+                if f"{rest}.".startswith(f"{parent.name}."):
+                    loc = (top, i, *filter(None, rest[len(parent.name) :].split(".")))
+        return f"{self.tree.place(loc)}: {where}"
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a YAML file, after overrides like `finetune.lr=1e-3`.
 
     Raises: RecipeError (InvalidRecipe, with every problem) where file or overrides don't hold.
     """
+    return load_located(path, overrides).recipe
+
+
+def load_located(path: Path, overrides: Sequence[str] = ()) -> Located:
+    """Return what `load_recipe` does, with the places of the keys for errors to come."""
     tree = read_file(path)
     for override in overrides:
         apply_override(tree, override)
@@ -49,7 +79,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems or recipe is None:
         # in the order of the file's lines, then the overrides
         raise InvalidRecipe(sorted(problems, key=_order))
-    return recipe
+    return Located(recipe, tree)
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -74,11 +74,23 @@ class Fuse(Strict):
     units: Literal["cholesky", "magnitude"] = Field(
         "cholesky", description="How heads and MLP units are chosen: by what they explain or norm."
     )
-    ridge: NonNegative = Field(
+    ridge: Positive = Field(
         1e-3, description="Damping of the least squares, relative to the mean diagonal."
     )
     ot: Ot = Field(Ot(), description="Optimal transport, where stream asks for it.")
     batch_size: Count = Field(128, description="Calibration samples per forward pass.")
+
+    @classmethod
+    def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
+        """Refuse settings of a transport that does not take place; defaults may stand there."""
+        stream, ot = raw.get("stream", "pca"), raw.get("ot")
+        if stream == "ot" or not isinstance(ot, Mapping):
+            return []
+        return [
+            Finding(("ot", key), f"has no effect: stream is {stream!r}", allowed="with stream: ot")
+            for key, default in Ot().model_dump().items()
+            if ot.get(key, default) != default
+        ]
 
 
 class Distill(Strict):

@@ -92,7 +92,8 @@ def read_file(path: Path) -> Tree:
             raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
-        hint = "slimfuse recipe list names the recipes that come along"
+        known = Path("recipes").is_dir()  # as in a clone of slimfuse
+        hint = "slimfuse recipe list names the recipes that come along" if known else None
         raise RecipeError(f"recipe can't be read: {reason}", where=str(path), hint=hint) from error
     source = str(path)
     if len(raw) > MAX_BYTES:

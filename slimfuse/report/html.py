@@ -107,9 +107,9 @@ def _drawn(title: str, caption: str, alt: str, svgs: dict[Theme, str]) -> Drawn:
 
 
 def _groups(pictures: tuple[Picture, ...]) -> list[tuple[str, list[Drawn]]]:
-    """Return the pictures by group, fusion first, else in the order they came."""
+    """Return the pictures by group, in the order the groups came."""
     seen = list(dict.fromkeys(p.group for p in pictures))
-    ordered = sorted(pictures, key=lambda p: (p.group != "fusion", seen.index(p.group)))
+    ordered = sorted(pictures, key=lambda p: seen.index(p.group))
     return [
         (
             group,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slimfuse.data import Split
-from slimfuse.errors import ParentError
+from slimfuse.errors import ParentError, first_line
 from slimfuse.progress import track
 
 CACHE_BYTES = 2 << 30
@@ -53,7 +53,7 @@ def load_processor(folder: Path) -> Any:
         raise ParentError(
             "the image processor can't be opened",
             where=str(folder),
-            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
+            got=first_line(error),
             hint="save it beside the model with processor.save_pretrained",
         ) from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,28 @@ def test_the_fingerprint_is_stable_and_follows_the_images(folder: Path) -> None:
     assert load(folder).fingerprint == first
     Image.fromarray(np.zeros((7, 5, 3), dtype=np.uint8)).save(folder / "train/cat/0.png")
     assert load(folder).fingerprint != first
+
+
+def test_the_fingerprint_is_of_the_content_not_of_the_place_or_the_time(
+    folder: Path, tmp_path: Path
+) -> None:
+    first = load(folder)
+    copy = tmp_path / "elsewhere" / folder.name
+    shutil.copytree(folder, copy)
+    for file in copy.rglob("*"):
+        os.utime(file, (1, 1))
+    assert load(copy).fingerprint == first.fingerprint
+    (copy / "train/cat/0.png").rename(copy / "train/dog/zero.png")  # same bytes, other label
+    assert load(copy).fingerprint != first.fingerprint
+
+
+def test_a_local_path_is_in_no_name(tmp_path: Path) -> None:
+    data = load_hub(str(saved(tmp_path / "secret" / "set", [0, 1, 1], [1, 0], ["a", "b"])))
+    assert data.name == "set"
+    again = load_hub(str(saved(tmp_path / "other" / "set", [0, 1, 1], [1, 0], ["a", "b"])))
+    assert again.fingerprint == data.fingerprint
+    other = load_hub(str(saved(tmp_path / "third" / "set", [0, 1, 0], [1, 0], ["a", "b"])))
+    assert other.fingerprint != data.fingerprint
 
 
 def test_a_wrong_column_names_the_columns_there_are(folder: Path) -> None:
@@ -97,7 +121,7 @@ def saved(folder: Path, train: list[int], test: list[int], test_names: list[str]
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
         images = [Image.fromarray(np.full((2, 2, 3), 7, dtype=np.uint8)) for _ in labels]
         part = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         part.to_parquet(folder / f"{split}.parquet")
     return folder
 

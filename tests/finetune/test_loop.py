@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,20 @@ def learn() -> loop.Loss:
     return labels_loss(lambda i: x[i] + 0.1 * torch.randn(len(i), 3, 6, 6), labels())
 
 
-def train(net: nn.Module, loss: loop.Loss, folder: Path, ema: float | None) -> list[float]:
+def train(
+    net: nn.Module,
+    loss: loop.Loss,
+    folder: Path,
+    ema: float | None,
+    precision: loop.Precision = "fp32",
+) -> list[float]:
+    folder.mkdir(exist_ok=True)
     return fit(
         net,
         loss,
         SAMPLES,
         Schedule(steps=STEPS, batch_size=5, lr=1e-2, ema=ema, seed=3),
-        precision="fp32",
+        precision=precision,
         checkpoint=folder / "train.safetensors",
         what="testing",
     )
@@ -71,17 +78,31 @@ def stopping(loss: loop.Loss, after: int) -> loop.Loss:
     return stop
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # the recipes' default where it is fast
 @pytest.mark.parametrize("ema", [None, 0.9])
 @pytest.mark.parametrize("after", [1, 4, STEPS - 1])
+@pytest.mark.usefixtures("two_threads")
 def test_resumed_training_ends_bit_identical(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None, after: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ema: float | None,
+    after: int,
+    precision: loop.Precision,
 ) -> None:
     undisturbed, disturbed = model(), model()
-    want = train(undisturbed, learn(), tmp_path, ema)
+    want = train(undisturbed, learn(), tmp_path / "undisturbed", ema, precision)
 
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(Interrupted):
-        train(disturbed, stopping(learn(), after), tmp_path, ema)
+        train(disturbed, stopping(learn(), after), tmp_path, ema, precision)
     assert (tmp_path / "train.safetensors").is_file()
     torch.manual_seed(12345)  # another process starts elsewhere
     resumed = model()
@@ -91,12 +112,15 @@ def test_resumed_training_ends_bit_identical(
         steps.append(indices)
         return learn()(net, indices)
 
-    got = train(resumed, counted, tmp_path, ema)
+    got = train(resumed, counted, tmp_path, ema, precision)
     assert len(steps) == STEPS - after  # it went on, it didn't start again
     assert got == want
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-    assert not (tmp_path / "train.safetensors").exists()
+    again = model()  # killed after the last step: nothing is trained twice
+    assert train(again, stopping(learn(), 0), tmp_path, ema, precision) == want
+    for name, value in undisturbed.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
 
 
 def test_training_changes_every_parameter_and_ends_in_evaluation_mode(tmp_path: Path) -> None:
@@ -274,4 +298,8 @@ def test_a_damaged_checkpoint_starts_training_over(tmp_path: Path) -> None:
     for model, path in ((clean, tmp_path / "none"), (resumed, checkpoint)):
         fit(model, loss, 11, plan, precision="fp32", checkpoint=path, what="x")
     assert torch.equal(clean.weight, resumed.weight)
-    assert not checkpoint.exists()
+
+
+def test_the_precision_may_change_within_a_process(tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16", "fp32"):
+        train(model(), learn(), tmp_path / precision, None, precision)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from tiny import images, random_vit
 from torch import Tensor
 
 from slimfuse.families import ViT
-from slimfuse.fuse import importance, walk
+from slimfuse.fuse import walk
 from slimfuse.fuse.importance import FLOOR, token_importance
 
 TOKENS = 10
@@ -18,7 +17,8 @@ TOKENS = 10
 
 def weights(*models: Any, batches: Any = None) -> Tensor:
     layouts = [ViT().layout(m.config) for m in models]
-    return token_importance(models, layouts, images(12).split(4) if batches is None else batches)
+    chosen = images(12).split(4) if batches is None else batches
+    return token_importance(models, layouts, chosen, [1.0] * len(models))
 
 
 def test_every_depth_keeps_its_total_and_no_token_falls_below_the_floor(vit: Any) -> None:
@@ -38,8 +38,14 @@ def test_after_the_last_attention_only_the_readout_token_counts(vit: Any) -> Non
     assert float(found[:3, 1:].max()) > 2 * FLOOR  # before it the others are read
 
 
-def test_it_estimates_the_squared_jacobian(vit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "BATCHES", 300)
+def test_a_parent_counts_by_its_weight(vit: Any) -> None:
+    other, x = random_vit(seed=5), images(4)
+    layouts = [ViT().layout(m.config) for m in (vit, other)]
+    heavy = token_importance([vit, other], layouts, [x], [1.0, 0.0])
+    torch.testing.assert_close(heavy, weights(vit, batches=[x]), rtol=1e-12, atol=0)
+
+
+def test_it_estimates_the_squared_jacobian(vit: Any) -> None:
     with torch.no_grad():  # what all classes share leaves the softmax as it was: not to be seen
         vit.classifier.weight += 10 * vit.classifier.weight[:1].clone()
     x, layout = images(1), ViT().layout(vit.config)
