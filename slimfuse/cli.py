@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -196,10 +196,10 @@ def main() -> None:
         code = done.code if isinstance(done.code, int) else 0
         if code == INTERRUPTED:
             console.print("interrupted: run the same command again to go on from here")
-    except SlimfuseError as error:
+    except _expected() as error:
         _trace(debug)
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        code = error.exit_code
+        code = int(error.exit_code)
     except Exception as error:
         _trace(debug)
         console.print(
@@ -209,6 +209,12 @@ def main() -> None:
         )
         code = 1
     sys.exit(code)
+
+
+def _expected() -> tuple[type[Any], ...]:
+    """Return the errors that are raised on purpose, the exporter's too where it was loaded."""
+    exporter = sys.modules.get("slimfuse_export.errors")
+    return (SlimfuseError,) if exporter is None else (SlimfuseError, exporter.ExportError)
 
 
 def _trace(debug: bool) -> None:

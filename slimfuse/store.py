@@ -154,6 +154,10 @@ class Store:
                 else:
                     target.unlink(missing_ok=True)
 
+    def timings(self) -> dict[str, float]:
+        """Return the seconds that each stage used so far took to make, in this run or before."""
+        return {stage.name: stage.seconds for stage in self._checked.values()}
+
     def used_bytes(self, lock: str) -> int:
         """Return the bytes of stages that the run with this lock has made; 0 for another run."""
         file = self.root / LOCK

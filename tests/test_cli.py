@@ -110,6 +110,20 @@ def test_an_internal_fault_is_one_message_and_with_debug_a_traceback(
     assert code == 1 and "Traceback" in err and "fault" in err
 
 
+def test_an_error_of_the_exporter_is_told_as_ours_are(
+    run: Callable[..., Ran], tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimfuse_export import CheckFailed
+
+    def fail(*_: object) -> None:
+        raise CheckFailed("the file is off", got="this", allowed="that")
+
+    monkeypatch.setattr("slimfuse.finetune.loop.batch_indices", fail)
+    code, _, err = run("compress", tiny_recipe, "--out", tmp_path / "run")
+    assert code == 3 and "internal fault" not in err
+    assert "error: the file is off" in err and "allowed: that" in err
+
+
 def test_debug_keeps_the_exit_code_of_a_user_error(run: Callable[..., Ran]) -> None:
     code, _, err = run("--debug", "compress", "gone.yaml")
     assert code == 2 and "Traceback" in err and "error: " in err

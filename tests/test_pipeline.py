@@ -88,6 +88,12 @@ def test_report_has_a_measured_row_for_every_model(finished: Run) -> None:
     }
 
 
+def test_report_counts_the_time_of_every_stage(finished: Run) -> None:
+    made = set(events(finished.folder, "done"))
+    assert finished.report.timings.keys() == made - {"run"}
+    assert {"parent-a", "fused", "bench"} <= made
+
+
 def test_nothing_of_this_machine_is_in_the_model_or_the_lock(
     finished: Run, tiny_recipe: Path
 ) -> None:

@@ -42,6 +42,7 @@ class Measurements:
     int8_dropped: bool
     latency: Stage
     lock: dict[str, Any]
+    timings: dict[str, float]
     scores: dict[str, Tensor]
     batches: dict[str, int]
 
@@ -70,10 +71,7 @@ def make_report(m: Measurements) -> Report:
         environment=bench["environment"] | {
             "torch threads": str(m.job.threads), "training precision": m.job.precision,
         },
-        timings={
-            s.name: s.seconds
-            for s in (m.fused, m.finetuned, *m.baselines.values(), m.exported, m.latency)
-        },
+        timings=m.timings,
         warnings=tuple(_warnings(m, bench["latencies"])),
     )  # fmt: skip
 

@@ -163,7 +163,7 @@ def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
             job=job, plan=planned, command=command, measured=measured, parents=parents,
             parity={**parent_parity, "onnx": parity}, fused=fused, finetuned=finetuned,
             baselines=baselines, exported=exported, int8=int8, int8_dropped=int8 is not shipped,
-            latency=latency, lock=lock_of(job), batches=batches,
+            latency=latency, lock=lock_of(job), timings=store.timings(), batches=batches,
             scores={name: stages.outputs(p).test for name, p in _named(job).items()}
             | {"finetuned": stages.scores(finetuned)},
         )
