@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CHUNK = 2048
+
 
 class Moments:
     """Weighted mean and covariance of several sites seen on the same rows.
 
     Memory is the square of the sites' joint width, however many rows are seen. Sums are kept in
-    float64 about a shift taken from the first rows, so that a large mean costs no digits.
+    float64 about a shift taken from the first rows, so that a large mean costs no digits. products:
+    the precision of the products inside chunks of 2 048 rows; float32 halves the time of wide
+    moments and costs 1e-7 of the largest variances.
     """
 
-    def __init__(self, **widths: int) -> None:
+    def __init__(self, products: torch.dtype = torch.float64, **widths: int) -> None:
         self.widths = widths
+        self.products = products
         edges = torch.tensor([0, *widths.values()]).cumsum(0).tolist()
         self._slices = {
             site: slice(a, b) for site, a, b in zip(widths, edges, edges[1:], strict=False)
@@ -27,16 +32,19 @@ class Moments:
 
     def update(self, weights: Tensor | None = None, **rows: Tensor) -> None:
         """Add rows (n, width) of every site; `weights` (n,) defaults to ones."""
-        joint = torch.cat([rows[site].double().cpu() for site in self.widths], dim=1)
+        joint = torch.cat([rows[site].cpu().to(self.products) for site in self.widths], dim=1)
+        if not len(joint):
+            return
         w = torch.ones(len(joint)) if weights is None else weights
-        w = w.double().cpu()
+        w = w.cpu().to(self.products)
         if self._shift is None:
-            self._shift = joint.mean(0)
-        centred = joint - self._shift
-        weighted = centred * w[:, None]
-        self.weight += float(w.sum())
-        self._sum += weighted.sum(0)
-        self._outer += weighted.T @ centred
+            self._shift = joint.double().mean(0)
+        self.weight += float(w.double().sum())
+        for part, share in zip(joint.split(CHUNK), w.split(CHUNK), strict=True):
+            centred = part - self._shift.to(self.products)
+            weighted = centred * share[:, None]
+            self._sum += weighted.sum(0)
+            self._outer += weighted.T @ centred
 
     def merge(self, other: Moments) -> None:
         """Add what `other` saw (another shard of the same sites)."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slimfuse.moments import Moments
+from slimfuse.transport import Solver, solve, standardised_cost
 
 # float64 sums of at most 60 products of order 1, in another order
 SUMS = {"rtol": 1e-9, "atol": 1e-11}
@@ -141,3 +142,22 @@ def test_memory_does_not_depend_on_the_rows() -> None:
 def test_asking_before_any_row_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError, match="no rows"):
         Moments(x=3).mean("x")
+
+
+def test_float32_products_reproduce_the_materialised_cost_and_plan() -> None:
+    """What wide layers use: float32 rows and products, float64 sums."""
+    generator = torch.Generator().manual_seed(5)
+    mix = torch.randn(30, 41, generator=generator)
+    rows = (torch.randn(5000, 30, generator=generator) @ mix + 3.0).float()
+    x, y = rows[:, :23], rows[:, 23:]
+    moments = Moments(torch.float32, x=23, y=18)
+    for part in rows.split(700):
+        moments.update(x=part[:, :23], y=part[:, 23:])
+    vx, vy = moments.cov("x").diagonal(), moments.cov("y").diagonal()
+    streamed = standardised_cost(moments.cov("x", "y"), vx, vy)
+    zx, zy = (((z - z.mean(0)) / z.std(0, correction=0)) for z in (x.double(), y.double()))
+    whole = (zx[:, :, None] - zy[:, None, :]).square().mean(0)
+    torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-6)  # the issue's bound
+    soft = Solver("sinkhorn", reg=0.1)
+    plans = [solve(cost, solver=soft).plan for cost in (streamed, whole)]
+    torch.testing.assert_close(*plans, rtol=0, atol=1e-8)  # the issue's bound

@@ -73,10 +73,25 @@ def _move(
     moved = weight.double()
     for dim, axis in enumerate(axes):
         names = [leg.space for leg in axis if leg.role is not Role.FIXED]
-        if any(name in maps for name in (*names, " ".join(names))):
-            matrix = axis_matrix(axis, atlas, maps).to(moved.device)
-            moved = torch.tensordot(moved, matrix, dims=([dim], [0])).movedim(-1, dim)
+        joined = " ".join(names) in maps or any(isinstance(maps.get(n), NestedMap) for n in names)
+        if joined:
+            moved = _along(moved, dim, axis_matrix(axis, atlas, maps))
+        elif any(name in maps for name in names):
+            # leg by leg: a matrix of the whole axis would be its size squared
+            moved = moved.unflatten(dim, [atlas.spaces[leg.space].size for leg in axis])
+            for i, leg in enumerate(axis):
+                found = maps.get(leg.space)
+                if leg.role is not Role.FIXED and found is not None:
+                    assert not isinstance(found, NestedMap)
+                    moved = _along(moved, dim + i, _side(found, leg))
+            moved = moved.flatten(dim, dim + len(axis) - 1)
     return moved.to(weight.dtype).contiguous()
+
+
+def _along(tensor: Tensor, dim: int, matrix: Tensor) -> Tensor:
+    """Return a tensor with the axis `dim` (n) multiplied by a matrix (n, m)."""
+    moved: Tensor = torch.tensordot(tensor, matrix.to(tensor.device), dims=([dim], [0]))
+    return moved.movedim(-1, dim)
 
 
 def axis_matrix(axis: Axis, atlas: Atlas, maps: Mapping[str, AxisMap | NestedMap]) -> Tensor:

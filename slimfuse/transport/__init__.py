@@ -1,10 +1,11 @@
-"""Transport: costs, plans, and the two sides of a map."""
+"""Transport: costs, masses, plans, and the two sides of a map."""
 
-from slimfuse.transport.cost import correlation, raw_cost, standardised_cost
+from slimfuse.transport.cost import combine, correlation, raw_cost, standardised_cost, weight_cost
 from slimfuse.transport.maps import TransportMap, from_assignment, from_plan
-from slimfuse.transport.solve import solve, uniform
+from slimfuse.transport.masses import masses, uniform
+from slimfuse.transport.solve import Solver, solve
 
 __all__ = [
-    "TransportMap", "correlation", "from_assignment", "from_plan", "raw_cost", "solve",
-    "standardised_cost", "uniform",
+    "Solver", "TransportMap", "combine", "correlation", "from_assignment", "from_plan", "masses",
+    "raw_cost", "solve", "standardised_cost", "uniform", "weight_cost",
 ]  # fmt: skip

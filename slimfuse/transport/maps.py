@@ -15,8 +15,10 @@ TINY = torch.finfo(torch.float64).tiny
 class TransportMap:
     """A coupling `plan` (n, m) of n source with m target units, row sums mu, column sums nu.
 
-    cost: the transport cost Σ plan·cost. marginal_error: the largest absolute error of a
-    marginal. converged: whether the solver reached its tolerance.
+    cost: the transport cost Σ plan·cost. marginal_error: the largest absolute distance of a row
+    or column sum from the mass that was asked for: the solver's error where the plan is balanced,
+    the freedom it took where it is unbalanced or partial (there mu and nu are its own sums).
+    converged: whether the solver reached its tolerance.
     """
 
     plan: Tensor
@@ -41,9 +43,13 @@ class TransportMap:
 
     @property
     def effective_units(self) -> float:
-        """Return the mean perplexity of the columns: source units mixed into a target unit."""
-        entropy = -torch.special.xlogy(self.push, self.push).sum(0)
-        return float(entropy.exp().mean())
+        """Return the mean perplexity of the columns: source units mixed into a target unit.
+
+        Columns without mass mix nothing and are left out; 0 where no column has mass.
+        """
+        columns = self.push[:, self.nu > 0]
+        entropy = -torch.special.xlogy(columns, columns).sum(0)
+        return float(entropy.exp().mean()) if columns.shape[1] else 0.0
 
     @property
     def entropy(self) -> float:
@@ -53,7 +59,9 @@ class TransportMap:
 
 
 def _entropy(masses: Tensor) -> float:
-    return float(-torch.special.xlogy(masses, masses).sum())
+    """Return the entropy of masses in proportion (partial plans move less than 1)."""
+    shares = masses / masses.sum().clamp_min(TINY)
+    return float(-torch.special.xlogy(shares, shares).sum())
 
 
 def from_plan(plan: Tensor, cost: float = 0.0, converged: bool = True) -> TransportMap:
