@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimfuse.spaces import Atlas
+
+NormOrder = Literal["pre", "post"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Block:
-    """One pre-norm block: module paths from the model's root, and the names of its spaces."""
+    """One pre-norm block, x + f(norm(x)): module paths from the model's root, names of its spaces.
+
+    mlp: the module that makes the branch, `down` in it, or the one that makes what `down` reads.
+    """
+
+    norm_order: ClassVar[NormOrder] = "pre"
 
     path: str
     attention: str
@@ -50,11 +57,32 @@ class Block:
 
 
 @dataclass(frozen=True)
+class PostNormBlock(Block):
+    """One post-norm block, norm(x + f(x)): each norm stands behind the addition of its branch."""
+
+    norm_order: ClassVar[NormOrder] = "post"
+
+
+@dataclass(frozen=True)
+class Pooler:
+    """A hidden layer between the stream and the head: activation(dense(stream)).
+
+    dense: path of the linear layer; space: of its units, which the head reads.
+    """
+
+    dense: str
+    space: str
+    activation: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where a model's stream starts, runs and is read.
 
     embed: module whose output is the first stream; embed_parameters write it linearly.
-    readout: the token whose stream the head reads.
+    readout: the token whose stream the head reads, through `final_norm` in a pre-norm model and
+    through `pooler` where there is one. A post-norm model has no final norm (""), but one in
+    `embed`, behind what the embed_parameters write: embed_norm.
     """
 
     stream_space: str
@@ -64,6 +92,20 @@ class Layout:
     final_norm: str
     head: str
     readout: int
+    embed_norm: str = ""
+    pooler: Pooler | None = None
+
+    @property
+    def norm_order(self) -> NormOrder:
+        """Where the norms stand: before what reads the stream, or behind what writes it."""
+        return self.blocks[0].norm_order
+
+    def norm_at(self, depth: int) -> str:
+        """Return the norm that a post-norm stream has left; depths as in `Union.checkpoints`."""
+        if depth == 0:
+            return self.embed_norm
+        block = self.blocks[(depth - 1) // 2]
+        return block.attention_norm if depth % 2 else block.mlp_norm
 
 
 class Family(Protocol):
@@ -83,10 +125,11 @@ class Family(Protocol):
     def narrow(self, config: Any, shape: Shape) -> Any:
         """Return a copy of `config` with `shape`; raises ShapeError when it isn't legal."""
 
-    def new_config(
-        self, shape: Shape, *, patch_size: int, image_size: int, labels: Sequence[str]
-    ) -> Any:
-        """Return the config of a model that is to be trained from scratch."""
+    def new_config(self, shape: Shape, *args: Any, **inputs: Any) -> Any:
+        """Return the config of a model that is to be trained from scratch.
+
+        inputs: labels, and what the family has to know of its inputs, all by name.
+        """
 
     def head_dims(self, config: Any) -> int:
         """Return the units of one head (query/key and value alike)."""

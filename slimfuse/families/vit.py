@@ -160,13 +160,6 @@ class ViT:
                 got=f"hidden_size {width}, num_attention_heads {heads}",
                 allowed=f"hidden_size {' or '.join(map(str, near))}",
             )
-        if shape.num_hidden_layers != limits.num_hidden_layers:
-            raise ShapeError(
-                "the target must be as deep as its parents: layers can't be fused into fewer yet",
-                where="target.num_hidden_layers",
-                got=shape.num_hidden_layers,
-                allowed=limits.num_hidden_layers,
-            )
         narrowed = copy.deepcopy(config)
         narrowed.initializer_range = _start(width)  # for the random-start control
         for key in Shape.__dataclass_fields__:
@@ -256,11 +249,10 @@ class ViT:
         return int(2 * (total + d * config.num_labels))
 
     def mismatches(self, configs: dict[str, Any]) -> list[str]:
-        """Compare image, patch, depth, activation and labels of the parents."""
+        """Compare image, patch, activation and norm of the parents."""
         (first, base), *others = configs.items()
         keys = (
-            "image_size", "patch_size", "num_channels", "num_hidden_layers", "hidden_act",
-            "layer_norm_eps", "qkv_bias",
+            "image_size", "patch_size", "num_channels", "hidden_act", "layer_norm_eps", "qkv_bias",
         )  # fmt: skip
         lines = []
         for name, config in others:
@@ -268,8 +260,6 @@ class ViT:
                 a, b = getattr(base, key), getattr(config, key)
                 if a != b:
                     lines.append(f"{key}: {first} has {a}, {name} has {b}")
-            if base.id2label != config.id2label:
-                lines.append(f"labels: {first} has {_labels(base)}, {name} has {_labels(config)}")
         return lines
 
     @staticmethod
@@ -300,9 +290,3 @@ def _block(i: int) -> Block:
         vo_space=f"vo.{i}",
         mlp_space=f"mlp.{i}",
     )
-
-
-def _labels(config: Any) -> str:
-    names = [str(v) for _, v in sorted(config.id2label.items(), key=lambda kv: int(kv[0]))]
-    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-    return f"{len(names)} ({shown})"
