@@ -1,106 +1,217 @@
-"""Which of the parents' heads and MLP units the target keeps, and the maps that say so."""
+"""Which of the parents' heads and MLP units the target keeps or merges, and the maps for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from slimfuse.fuse.solve import decoder, greedy_groups, reduce_scores, reduce_values
-from slimfuse.fuse.union import Union
+from slimfuse.fuse.greedy import greedy_groups
+from slimfuse.fuse.solve import decoder, reduce_scores, reduce_values, roots
+from slimfuse.fuse.union import Member, Union
 from slimfuse.saliency import magnitude
 from slimfuse.spaces import LinearMap, NestedMap, identity
 from slimfuse.spaces.transform import axis_matrix
+from slimfuse.transport import Solver, from_assignment, masses, solve, standardised_cost
 
-Units = Literal["cholesky", "magnitude"]
+Units = Literal["cholesky", "magnitude", "saliency", "ot", "cluster"]
+Heads = Literal["drop", "merge"]
 Maps = dict[str, LinearMap | NestedMap]
+Scores = tuple[Tensor, Tensor]
+"""Second moment of all heads' queries and covariance of their keys, both (Σ n, Σ n)."""
+
+
+class Choosing(Protocol):
+    """The settings that a choice asks for."""
+
+    @property
+    def units(self) -> Units:
+        """How units are chosen."""
+
+    @property
+    def heads(self) -> Heads:
+        """What becomes of the heads that aren't kept."""
+
+    @property
+    def solver(self) -> Solver:
+        """How plans are solved."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The units a target keeps.
+    """The units a target gets.
 
-    maps: each parent's maps of the spaces concerned; push: what every unit of the union gives to
-    the target's (Σ n_p, m); sources: parent's name and unit of each target unit.
+    maps: each member's maps of the spaces of its own block; push: what every unit of the union
+    gives to the target's (Σ n, m); sources: parent's name, its block and the unit that each
+    target unit is, or is built about.
     """
 
     maps: list[Maps]
     push: Tensor
-    sources: tuple[tuple[str, int], ...]
+    sources: tuple[tuple[str, int, int], ...]
 
 
 def keep(
     method: Units, cov: Tensor, out: Tensor, groups: Sequence[Tensor], count: int
 ) -> list[int]:
-    """Return the places of the `count` groups to keep (see `greedy_groups`, `magnitude`)."""
+    """Return the places of the `count` groups to keep.
+
+    magnitude: largest output weights; saliency: largest energy written to the stream,
+    tr(out C outᵀ) of the group; else those that explain the rest best (`greedy_groups`).
+    """
     if method == "magnitude":
         return sorted(int(i) for i in magnitude(out, groups).topk(count).indices)
+    if method == "saliency":
+        energy = torch.stack([_energy(cov, out, g) for g in groups])
+        return sorted(int(i) for i in energy.topk(count).indices)
     return sorted(greedy_groups(cov, out, groups, count))
 
 
+def _energy(cov: Tensor, out: Tensor, group: Tensor) -> Tensor:
+    part = out[:, group]
+    return (part @ cov[group][:, group] * part).sum()
+
+
 def choose_units(
-    union: Union, layer: int, cov: Tensor, out: Tensor, count: int, method: Units
+    union: Union,
+    members: Sequence[Member],
+    cov: Tensor,
+    out: Tensor,
+    count: int,
+    settings: Choosing,
 ) -> Choice:
-    """Return the choice of `count` MLP units from covariance (Σ n, Σ n) and outputs (m, Σ n)."""
-    sizes = union.units(layer, "up")
+    """Return the choice of `count` MLP units from covariance (Σ n, Σ n) and outputs (m, Σ n).
+
+    cholesky, magnitude, saliency: see `keep`. ot: a plan from all units to those that cholesky
+    keeps, by correlation. cluster: k-means of the standardised activations (the free-support
+    barycentre's hard case). Both then average by the root of the energy that a unit writes.
+    """
+    sizes, method = union.units(members, "up"), settings.units
     order = keep(method, cov, out, list(torch.arange(sum(sizes))[:, None]), count)
-    push = torch.eye(sum(sizes), dtype=torch.float64)[:, order]
-    space = union.layouts[0].blocks[layer].mlp_space
-    owners = [(p.name, u) for p, n in zip(union.parents, sizes, strict=True) for u in range(n)]
-    maps: list[Maps] = [{space: LinearMap(part, part)} for part in torch.split(push, sizes)]
+    if method in ("ot", "cluster"):
+        push = _merged(cov, out, order, settings)
+        order = push.argmax(0).tolist()
+    else:
+        push = torch.eye(sum(sizes), dtype=torch.float64)[:, order]
+    owners = [
+        (union.parents[m.parent].name, m.layer, u)
+        for m, n in zip(members, sizes, strict=True)
+        for u in range(n)
+    ]
+    parts = zip(members, torch.split(push, sizes), strict=True)
+    maps: list[Maps] = [{union.block(m).mlp_space: LinearMap(p, p)} for m, p in parts]
     return Choice(maps, push, tuple(owners[i] for i in order))
+
+
+def _merged(cov: Tensor, out: Tensor, order: list[int], settings: Choosing) -> Tensor:
+    """Return how units (n) are averaged into target units (n, m), columns sum to 1."""
+    variance = cov.diagonal().clamp_min(0)
+    mass = masses((variance * out.square().sum(0)).sqrt())  # √saliency, saliency.md
+    if settings.units == "ot":
+        cost = standardised_cost(cov[:, order], variance, variance[order])
+        plan = solve(cost, solver=settings.solver).plan
+    else:
+        from sklearn.cluster import KMeans
+
+        scale = variance.sqrt().clamp_min(1e-12)
+        points = roots(cov / torch.outer(scale, scale))[0].numpy()
+        means = KMeans(len(order), init=points[order], n_init=1)
+        found = means.fit(points, sample_weight=mass.numpy()).labels_
+        plan = from_assignment(torch.as_tensor(found, dtype=torch.long), len(order)).plan
+    weighted = plan * mass[:, None]
+    return weighted / weighted.sum(0).clamp_min(1e-30)
 
 
 def choose_heads(
     union: Union,
-    layer: int,
+    members: Sequence[Member],
     cov: Tensor,
     out: Tensor,
-    scores: list[list[tuple[Tensor, Tensor]]],
+    scores: Scores,
     count: int,
     dims: int,
-    method: Units,
+    settings: Choosing,
 ) -> Choice:
     """Return the choice of `count` heads of `dims` units each.
 
-    cov: of all heads' outputs (Σ n, Σ n); out: what they write (m, Σ n); scores: second moments
-    of q and k by parent and head. Heads of another size are reduced (`reduce_scores`,
-    `reduce_values`).
+    cov: of all heads' outputs (Σ n, Σ n); out: what they write (m, Σ n). Heads of another size
+    are reduced (`reduce_scores`, `reduce_values`). merge: every head that isn't kept joins the
+    kept one whose contribution to the stream is most like its own; the scores of a group are
+    averaged by the energy that its heads write, and the group is reduced as one head.
     """
-    block = union.layouts[0].blocks[layer]
-    owners = [(p, h) for p, heads in enumerate(scores) for h in range(len(heads))]
+    heads = [n // union.head_dims[m.parent]
+             for m, n in zip(members, union.units(members, "v"), strict=True)]  # fmt: skip
+    owners = [(k, h) for k, n in enumerate(heads) for h in range(n)]
     groups, offset = [], 0
-    for p, _ in owners:
-        groups.append(torch.arange(offset, offset + union.head_dims[p]))
-        offset += union.head_dims[p]
-    chosen = [owners[i] for i in keep(method, cov, out, groups, count)]
-    maps: list[Maps] = []
-    for p, heads in enumerate(scores):
-        picks = torch.zeros(len(heads), count, dtype=torch.float64)
-        qk, vo = [], []
-        for h, (query, key) in enumerate(heads):
-            index = groups[owners.index((p, h))]
-            if (p, h) in chosen:
-                picks[h, chosen.index((p, h))] = 1
-            if union.head_dims[p] == dims:
-                qk.append(identity(dims))
-                vo.append(identity(dims))
-            else:
-                push = reduce_values(cov[index][:, index], out[:, index], dims)
-                qk.append(LinearMap(*reduce_scores(query, key, dims)))
-                vo.append(LinearMap(push, decoder(cov[index][:, index], push)))
-        maps.append(
+    for k, _ in owners:
+        size = union.head_dims[members[k].parent]
+        groups.append(torch.arange(offset, offset + size))
+        offset += size
+    kept = keep(settings.units, cov, out, groups, count)
+    joined = [[i] for i in kept]
+    if settings.heads == "merge":
+        for i in set(range(len(owners))) - set(kept):
+            like = [_likeness(cov, out, groups[i], groups[j]) for j in kept]
+            joined[int(torch.stack(like).argmax())].append(i)
+    picks = [torch.zeros(n, count, dtype=torch.float64) for n in heads]
+    inner: dict[int, tuple[LinearMap, LinearMap]] = {}
+    for place, group in enumerate(joined):
+        found = _reduced(cov, out, scores, [groups[i] for i in group], dims)
+        for i, maps in zip(group, found, strict=True):
+            inner[i] = maps
+            picks[owners[i][0]][owners[i][1], place] = 1
+    nothing = [torch.zeros(len(g), dims, dtype=torch.float64) for g in groups]
+    everyone: list[Maps] = []
+    for k, member in enumerate(members):
+        block = union.block(member)
+        mine = [i for i, (owner, _) in enumerate(owners) if owner == k]
+        blank = [(LinearMap(nothing[i], nothing[i]),) * 2 for i in mine]
+        pairs = [inner.get(i, b) for i, b in zip(mine, blank, strict=True)]
+        everyone.append(
             {
-                block.head_space: LinearMap(picks, picks),
-                block.qk_space: NestedMap(qk),
-                block.vo_space: NestedMap(vo),
+                block.head_space: LinearMap(picks[k], picks[k]),
+                block.qk_space: NestedMap([qk for qk, _ in pairs]),
+                block.vo_space: NestedMap([vo for _, vo in pairs]),
             }
         )
-    values = union.atlases[0].axes[f"{block.v}.weight"][0]
     push = torch.cat(
-        [axis_matrix(values, atlas, m) for atlas, m in zip(union.atlases, maps, strict=True)]
+        [
+            axis_matrix(atlas.axes[f"{union.block(m).v}.weight"][0], atlas, maps)
+            for m, maps in zip(members, everyone, strict=True)
+            for atlas in (union.atlases[m.parent],)
+        ]
     )
-    return Choice(maps, push, tuple((union.parents[p].name, h) for p, h in chosen))
+    names = [(union.parents[members[k].parent].name, members[k].layer, h) for k, h in owners]
+    return Choice(everyone, push, tuple(names[i] for i in kept))
+
+
+def _likeness(cov: Tensor, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return |E[c_a · c_b]| of two heads' contributions to the stream, in units of c_b's energy."""
+    cross = (out[:, a] @ cov[a][:, b] * out[:, b]).sum().abs()
+    return cross / _energy(cov, out, b).clamp_min(1e-30).sqrt()
+
+
+def _reduced(
+    cov: Tensor, out: Tensor, scores: Scores, parts: list[Tensor], dims: int
+) -> list[tuple[LinearMap, LinearMap]]:
+    """Return the maps of queries/keys and of values of each head that goes into one target head.
+
+    parts: the heads' places among all units. Σ_h a_h q_h·k_h, with a_h the share of the energy
+    that head h writes, is one product of the heads' queries and keys side by side.
+    """
+    if len(parts) == 1 and len(parts[0]) == dims:
+        return [(identity(dims), identity(dims))]
+    energy = torch.stack([_energy(cov, out, g).clamp_min(0) for g in parts])
+    shares = energy / energy.sum().clamp_min(1e-30)
+    sizes = [len(g) for g in parts]
+    scale = shares.sqrt().repeat_interleave(torch.tensor(sizes))
+    index = torch.cat(parts)
+    query, key = (torch.outer(scale, scale) * m[index][:, index] for m in scores)
+    push_q, push_k = (scale[:, None] * p for p in reduce_scores(query, key, dims))
+    push_v = reduce_values(cov[index][:, index], out[:, index], dims)
+    back_v = decoder(cov[index][:, index], push_v)
+    found = zip(*(torch.split(p, sizes) for p in (push_q, push_k, push_v, back_v)), strict=True)
+    return [(LinearMap(q, k), LinearMap(v, back)) for q, k, v, back in found]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -28,54 +26,9 @@ def decoder(cov: Tensor, push: Tensor) -> Tensor:
 
     cov: covariance C (n, n) of x; push: A (n, m).
     """
-    kept = push.T @ cov @ push
-    inverse: Tensor = torch.linalg.pinv(kept, rtol=RANK_TOLERANCE, hermitian=True)
-    return cov @ push @ inverse
-
-
-def greedy_groups(cov: Tensor, out: Tensor, groups: Sequence[Tensor], keep: int) -> list[int]:
-    """Return `keep` groups of units, best first, that together explain out·x best.
-
-    A greedy, output-weighted, block-pivoted Cholesky factorisation: each step takes the group B
-    with the largest drop tr(G_B Σ_BB⁻¹ G_Bᵀ) of E|out(x - x̂)|², where x̂ is the linear
-    prediction from the groups taken so far, Σ the covariance left over and G = out Σ.
-    cov: (n, n); out: (p, n); groups: index tensors into n. Ties go to the first group.
-    """
-    weighted, variance = out @ cov, cov.diagonal().clone()
-    tiny = float(RANK_TOLERANCE * variance.clamp_min(0).mean())
-    factor = torch.zeros(len(cov), 0, dtype=cov.dtype)  # cov - factor·factorᵀ is what is left
-    chosen: list[int] = []
-    single = all(len(g) == 1 for g in groups)
-    flat = torch.cat(list(groups))
-
-    def block(index: Tensor) -> Tensor:
-        return cov[index][:, index] - factor[index] @ factor[index].T
-
-    def drop(index: Tensor) -> Tensor:
-        read = weighted[:, index]
-        return (read @ _pinv(block(index), tiny) * read).sum()
-
-    for _ in range(keep):
-        if single:
-            score = weighted[:, flat].square().sum(0) / variance[flat].clamp_min(tiny)
-        else:
-            score = torch.stack([drop(g) for g in groups])
-        score[chosen] = -torch.inf
-        best = int(score.argmax())
-        chosen.append(best)
-        index = groups[best]
-        columns = cov[:, index] - factor @ factor[index].T
-        root = roots(_pinv(block(index), tiny))[0]
-        weighted = weighted - weighted[:, index] @ root @ (columns @ root).T
-        variance -= (columns @ root).square().sum(1)
-        factor = torch.cat([factor, columns @ root], dim=1)
-    return chosen
-
-
-def _pinv(matrix: Tensor, tolerance: float) -> Tensor:
-    """Return the pseudo-inverse of a covariance; directions below `tolerance` count as nought."""
-    inverse: Tensor = torch.linalg.pinv(matrix, atol=tolerance, rtol=0.0, hermitian=True)
-    return inverse
+    seen = cov @ push
+    inverse: Tensor = torch.linalg.pinv(push.T @ seen, rtol=RANK_TOLERANCE, hermitian=True)
+    return seen @ inverse
 
 
 def roots(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slimfuse.fuse.solve import RANK_TOLERANCE, decoder, greedy_groups
-from slimfuse.transport import TransportMap, from_assignment, solve, standardised_cost
+from slimfuse.fuse.greedy import greedy_groups
+from slimfuse.fuse.solve import RANK_TOLERANCE, decoder, roots
+from slimfuse.transport import Solver, TransportMap, from_assignment, solve, standardised_cost
 
-StreamMethod = Literal["pca", "select", "ot", "cluster"]
+EXACT = Solver()
+METRIC_FLOOR = 1e-2  # of its mean diagonal: no direction is free
+
+StreamMethod = Literal["pca", "gradient-pca", "select", "ot", "cluster"]
 
 
 @dataclass(frozen=True)
@@ -53,25 +57,26 @@ def centring(size: int) -> Tensor:
     return eye - 1 / size
 
 
-def consensus(joint: Tensor, widths: Sequence[int], weights: Sequence[float]) -> Consensus:
+def consensus(
+    joint: Tensor, widths: Sequence[int], weights: Sequence[float], *, centred: bool = True
+) -> Consensus:
     """Return the anchored consensus of the parents' streams (fusion.md §3).
 
     joint: E[x xᵀ / |P x_1|²] (Σd, Σd) of the concatenated streams; R_p = argmin E|x_1 - R x_p|²
-    on the channel-centred streams. A parent's weight is multiplied by the square of the share of
+    on the channel-centred streams, or on the streams as they are (post-norm: what reads them sees
+    their mean over channels). A parent's weight is multiplied by the square of the share of
     the anchor's energy that it explains: a stream that agrees poorly would blur the anchor's
     (docs/decisions/0003).
     """
     cuts = torch.tensor([0, *widths]).cumsum(0).tolist()
     parts = [slice(a, b) for a, b in pairwise(cuts)]
-    project = torch.block_diag(*(centring(d) for d in widths))
+    projects = [centring(d) if centred else torch.eye(d, dtype=torch.float64) for d in widths]
+    project = torch.block_diag(*projects)
     joint = project @ joint @ project
     anchor = parts[0]
     backs, trusted, agreement = [], [], []
-    for part, weight, width in zip(parts, weights, widths, strict=True):
-        if part is anchor:
-            back = centring(width)
-        else:
-            back = joint[anchor, part] @ _pinv(joint[part, part]) @ centring(width)
+    for part, weight, own in zip(parts, weights, projects, strict=True):
+        back = own if part is anchor else joint[anchor, part] @ _pinv(joint[part, part]) @ own
         explained = (back @ joint[part, part] @ back.T).trace() / joint[anchor, anchor].trace()
         agreement.append(float(explained))
         backs.append(back)
@@ -85,14 +90,20 @@ def consensus(joint: Tensor, widths: Sequence[int], weights: Sequence[float]) ->
 
 
 def stream_map(
-    second: Tensor, width: int, method: StreamMethod, *, reg: float | None = None
+    second: Tensor,
+    width: int,
+    method: StreamMethod,
+    *,
+    solver: Solver = EXACT,
+    metric: Tensor | None = None,
 ) -> StreamMap:
     """Return the map of a stream with second moment (d, d) onto `width` channels.
 
     pca: top directions in an output basis orthogonal to the all-ones vector, so that the target's
-    LayerNorm loses nothing (width - 1 useful directions). select: greedy choice of channels. ot:
-    plan from all channels to the selected ones (exact, or entropic with `reg`). cluster: k-means
-    of the channels, the hard free-support barycentre.
+    LayerNorm loses nothing (width - 1 useful directions). gradient-pca: the same for the row space
+    of the top directions of G^½ S G^½, G the `metric` (d, d) of the loss' gradients: what the loss
+    uses rather than what is loud. select: greedy choice of channels. ot: plan from all channels to
+    the selected ones. cluster: k-means of the channels, the hard free-support barycentre.
     """
     values, vectors = torch.linalg.eigh(second)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
@@ -102,6 +113,11 @@ def stream_map(
         top = vectors[:, : width - 1]
         encode = _basis(width) @ top.T
         decode = encode.T
+    elif method == "gradient-pca":
+        assert metric is not None, "gradient-pca needs the gradients' second moment"
+        top = _weighted_directions(second, metric, width - 1)
+        encode = _basis(width) @ top.T
+        decode = decoder(second, encode.T)
     else:
         chosen = torch.tensor(pivots(second, width))
         variance = second.diagonal()
@@ -109,7 +125,7 @@ def stream_map(
             encode = torch.eye(len(second), dtype=torch.float64)[chosen]
         elif method == "ot":
             cost = standardised_cost(second[:, chosen], variance, variance[chosen])
-            plan = solve(cost, reg=reg)
+            plan = solve(cost, solver=solver)
             encode = plan.push.T
         else:
             plan = from_assignment(_cluster(second, width), width)
@@ -119,6 +135,17 @@ def stream_map(
     left = left - (left @ encode.T) @ decode.T
     kept = 1 - float(left.trace().clamp_min(0) / second.trace())
     return StreamMap(encode, decode, energy, kept, plan)
+
+
+def _weighted_directions(second: Tensor, metric: Tensor, count: int) -> Tensor:
+    """Return an orthonormal basis (d, count) of the row space of the top of G^½ S G^½."""
+    project = centring(len(second))
+    metric = project @ metric @ project
+    metric = metric + METRIC_FLOOR * metric.diagonal().mean() * project
+    root, _ = roots(metric)
+    _, vectors = torch.linalg.eigh(root @ second @ root)
+    basis: Tensor = torch.linalg.qr(root @ vectors[:, -count:])[0]
+    return basis
 
 
 def pivots(second: Tensor, count: int) -> list[int]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimfuse.families import Family, Layout
+from slimfuse.families import Block, Family, Layout
 from slimfuse.fuse import walk
+from slimfuse.fuse.depth import Segments
+from slimfuse.fuse.importance import drawn
 from slimfuse.fuse.stream import centring
 from slimfuse.moments import Moments
 from slimfuse.progress import track
 from slimfuse.spaces import Atlas
+
+JOINT_ROWS = 8  # rows a depth of the joint stream's moments, in multiples of its width …
+LEAST_ROWS = 16_384  # … but this many where there are
 
 
 @dataclass(frozen=True)
@@ -26,52 +31,115 @@ class Parent:
     weight: float = 1.0
 
 
-class Union:
-    """What a refit asks of its parents; `p` is a parent's place, streams come one a parent."""
+@dataclass(frozen=True)
+class Member:
+    """A block of a parent (by its place among the parents) that a target block stands for."""
 
-    def __init__(self, parents: Sequence[Parent], family: Family) -> None:
+    parent: int
+    layer: int
+
+
+class Union:
+    """What a refit asks of its parents; streams come one a parent, `segments` as in `depth`."""
+
+    def __init__(
+        self, parents: Sequence[Parent], family: Family, segments: Sequence[Segments]
+    ) -> None:
         configs: list[Any] = [p.model.config for p in parents]
-        self.parents = tuple(parents)
+        self.parents, self.segments = tuple(parents), tuple(segments)
         self.layouts: list[Layout] = [family.layout(c) for c in configs]
         self.atlases: list[Atlas] = [family.atlas(c) for c in configs]
         self.states: list[dict[str, Tensor]] = [dict(p.model.state_dict()) for p in parents]
         self.head_dims = [family.head_dims(c) for c in configs]
         self.widths = [family.shape(c).hidden_size for c in configs]
 
+    @property
+    def post_norm(self) -> bool:
+        """Whether the parents' norms stand behind the additions."""
+        return self.layouts[0].norm_order == "post"
+
     def __len__(self) -> int:
         return len(self.parents)
 
-    def weight(self, p: int, layer: int, part: str) -> Tensor:
-        """Return a parent's float64 weight of one part of a block."""
-        name: str = getattr(self.layouts[p].blocks[layer], part)
-        return self.states[p][f"{name}.weight"].double()
+    def members(self, block: int) -> list[Member]:
+        """Return the parents' blocks that a target block stands for."""
+        return [Member(p, i) for p, parts in enumerate(self.segments) for i in parts[block]]
 
-    def outputs(self, mixes: Sequence[Tensor], layer: int, part: str) -> Tensor:
-        """Return what all units write to the target's stream (m, Σ n_p)."""
-        return torch.cat([m @ self.weight(p, layer, part) for p, m in enumerate(mixes)], dim=1)
+    def checkpoints(self, parent: int) -> list[int]:
+        """Return the parent's depths that face the target's: first, then middle and end of each.
 
-    def units(self, layer: int, part: str) -> list[int]:
-        """Return how many units each parent has in a part."""
-        return [len(self.weight(p, layer, part)) for p in range(len(self))]
+        A depth counts the additions to the stream: 2·layer before a block, 2·layer + 1 within.
+        """
+        depths = [0]
+        for segment in self.segments[parent]:
+            end = 2 * segment.stop
+            depths += [end - 1 if len(segment) else depths[-1], end if len(segment) else depths[-1]]
+        return depths
 
-    def joint_stream(self, batches: Iterable[Tensor], importance: Tensor, count: int) -> Tensor:
+    def block(self, member: Member) -> Block:
+        """Return where a member keeps its parts."""
+        return self.layouts[member.parent].blocks[member.layer]
+
+    def weight(self, member: Member, part: str) -> Tensor:
+        """Return a member's float64 weight of one part."""
+        name: str = getattr(self.block(member), part)
+        return self.states[member.parent][f"{name}.weight"].double()
+
+    def outputs(self, mixes: Sequence[Tensor], members: Sequence[Member], part: str) -> Tensor:
+        """Return what all units of the members write to the target's stream (m, Σ n)."""
+        return torch.cat([mixes[m.parent] @ self.weight(m, part) for m in members], dim=1)
+
+    def units(self, members: Sequence[Member], part: str) -> list[int]:
+        """Return how many units each member has in a part."""
+        return [len(self.weight(m, part)) for m in members]
+
+    def joint_stream(
+        self, batches: Iterable[Tensor], importance: Tensor, rows: int, count: int
+    ) -> Tensor:
         """Return E[w x xᵀ / |P x_1|²] (Σd, Σd) of the joint streams over all depths and tokens.
 
-        importance: w (depths, tokens); count: how many batches there are, for the progress bar.
+        Post-norm streams, which are read as they are, enter about their mean at each depth, and
+        with their norm's shift in the place of the mean over channels.
+        importance: w (checkpoints, tokens); rows: how many there are a depth, of which a seeded
+        draw is used where they are many; count: how many batches there are.
         """
-        moments = Moments(joint=sum(self.widths))
+        width = sum(self.widths)
+        moments = Moments(joint=width)
+        share = min(1.0, max(JOINT_ROWS * width, LEAST_ROWS) / rows)
         project = centring(self.widths[0])
-        pairs = list(zip(self.parents, self.layouts, strict=True))
+        means = [(torch.zeros(width, dtype=torch.float64), 0.0)] * len(importance)
         with track("reading the parents' streams", count) as tell:
-            for i, batch in enumerate(batches):
-                runs = [walk.streams(p.model, layout, batch) for p, layout in pairs]
-                for depth, parallel in enumerate(zip(*runs, strict=True)):
+            for i, batch in enumerate(drawn(batches, share)):
+                runs = [self._streams(p, batch) for p in range(len(self))]
+                for place, parallel in enumerate(zip(*runs, strict=True)):
                     joint = torch.cat([walk.rows(x) for x in parallel], dim=1)
-                    norm = (joint[:, : self.widths[0]] @ project).square().sum(1)
-                    weights = importance[depth].repeat(len(batch)) / norm.clamp_min(1e-12)
+                    first = joint[:, : self.widths[0]]
+                    centred = first - self._shift(place) if self.post_norm else first @ project
+                    norm = centred.square().sum(1)
+                    weights = importance[place].repeat(len(batch)) / norm.clamp_min(1e-12)
                     moments.update(weights, joint=joint)
+                    total, mass = means[place]
+                    means[place] = (total + weights @ joint, mass + float(weights.sum()))
                 tell(i + 1)
-        return moments.second("joint")
+        second = moments.second("joint")
+        if self.post_norm:
+            for total, mass in means:
+                second -= torch.outer(total, total) / (mass * moments.weight)
+        return second
+
+    def _shift(self, place: int) -> Tensor:
+        """Return the shift of the norm that the first parent's stream has left at a checkpoint."""
+        norm = self.layouts[0].norm_at(self.checkpoints(0)[place])
+        return self.states[0][f"{norm}.bias"].double()
+
+    def _streams(self, parent: int, batch: Tensor) -> Iterator[Tensor]:
+        """Yield a parent's streams at its checkpoints."""
+        run = enumerate(walk.streams(self.parents[parent].model, self.layouts[parent], batch))
+        depth, stream = next(run)
+        for wanted in self.checkpoints(parent):
+            while depth < wanted:
+                depth, stream = next(run)
+            yield stream
 
     def embed(self, batch: Tensor) -> list[Tensor]:
         """Return the first streams of a batch of inputs."""
@@ -80,43 +148,61 @@ class Union:
             for p, layout in zip(self.parents, self.layouts, strict=True)
         ]
 
-    def normed(self, norm: str, streams: Sequence[Tensor]) -> list[Tensor]:
-        """Return the streams after the norm of this name."""
-        return [walk.apply(p.model, norm, x) for p, x in zip(self.parents, streams, strict=True)]
+    def normed(self, member: Member, norm: str, stream: Tensor) -> Tensor:
+        """Return what the member reads of a stream: behind one of its norms if they are before."""
+        block = self.block(member)
+        model = self.parents[member.parent].model
+        return walk.reading(model, block, getattr(block, norm), stream)
 
-    def attention(
-        self, layer: int, streams: Sequence[Tensor], normed: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the heads' outputs and the streams after attention."""
-        contexts, after = [], []
-        for p, layout, x, y in zip(self.parents, self.layouts, streams, normed, strict=True):
-            block = layout.blocks[layer]
-            contexts.append(walk.attend(p.model, block, y))
-            after.append(x + walk.apply(p.model, block.o, contexts[-1]))
-        return contexts, after
+    def gain(self, member: Member, norm: str) -> Tensor:
+        """Return the gain (d_p,) between the stream and what the member reads of it."""
+        if self.post_norm:
+            return torch.ones(self.widths[member.parent], dtype=torch.float64)
+        name: str = getattr(self.block(member), norm)
+        return self.states[member.parent][f"{name}.weight"]
 
-    def mlp(self, layer: int, streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the MLPs' activations and the streams after them."""
-        units, after = [], []
-        for p, layout, x in zip(self.parents, self.layouts, streams, strict=True):
-            hidden, out = walk.mlp(p.model, layout.blocks[layer], x)
-            units.append(hidden)
-            after.append(x + out)
-        return units, after
+    def landed(self, member: Member, norm: str, total: Tensor) -> Tensor:
+        """Return the stream that the sum with one of the member's branches becomes."""
+        block = self.block(member)
+        model = self.parents[member.parent].model
+        return walk.landed(model, block, getattr(block, norm), total)
+
+    def attention(self, member: Member, stream: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the heads' outputs and the sum of the stream and the branch."""
+        model, block = self.parents[member.parent].model, self.block(member)
+        heads = walk.attend(model, block, normed)
+        return heads, stream + walk.apply(model, block.o, heads)
+
+    def mlp(self, member: Member, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the MLP's activations and the sum of the stream and the branch."""
+        units, out = walk.mlp(self.parents[member.parent].model, self.block(member), stream)
+        return units, stream + out
 
     def head_scores(
-        self, p: int, layer: int, query: Moments, key: Moments
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return the second moment of q and the covariance of k for every head of a parent.
+        self, members: Sequence[Member], query: Moments, key: Moments
+    ) -> tuple[Tensor, Tensor]:
+        """Return the second moment of q and the covariance of k of all heads (Σ n, Σ n).
 
-        query, key: moments of the normed stream, site "x", weighted for each. Keys enter centred,
-        because what is constant over keys leaves the softmax as it was.
+        query, key: moments of the members' normed streams (sites n0, n1, …), weighted for each.
+        Keys enter centred, because what is constant over keys leaves the softmax as it was.
         """
-        dims = self.head_dims[p]
-        q, k = self.weight(p, layer, "q"), self.weight(p, layer, "k")
-        bias = self.states[p].get(f"{self.layouts[p].blocks[layer].q}.bias")
-        mean = q @ query.mean("x") + (0.0 if bias is None else bias.double())
-        queries = q @ query.cov("x") @ q.T + torch.outer(mean, mean)
-        keys = k @ key.cov("x") @ k.T
-        cuts = [slice(h, h + dims) for h in range(0, len(q), dims)]
-        return [(queries[c, c], keys[c, c]) for c in cuts]
+        q = [self.weight(m, "q") for m in members]
+        k = [self.weight(m, "k") for m in members]
+        means = []
+        for i, member in enumerate(members):
+            bias = self.states[member.parent].get(f"{self.block(member).q}.bias")
+            means.append(q[i] @ query.mean(f"n{i}") + (0.0 if bias is None else bias.double()))
+
+        def joint(weights: list[Tensor], moments: Moments) -> Tensor:
+            return torch.cat(
+                [
+                    torch.cat(
+                        [a @ moments.cov(f"n{i}", f"n{j}") @ b.T for j, b in enumerate(weights)],
+                        dim=1,
+                    )
+                    for i, a in enumerate(weights)
+                ]
+            )
+
+        mean = torch.cat(means)
+        return joint(q, query) + torch.outer(mean, mean), joint(k, key)

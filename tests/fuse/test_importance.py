@@ -10,15 +10,15 @@ from torch import Tensor
 
 from slimfuse.families import ViT
 from slimfuse.fuse import walk
-from slimfuse.fuse.importance import FLOOR, token_importance
+from slimfuse.fuse.importance import FLOOR, drawn, gradients, token_weights
 
 TOKENS = 10
 
 
-def weights(*models: Any, batches: Any = None) -> Tensor:
-    layouts = [ViT().layout(m.config) for m in models]
+def weights(*models: Any, batches: Any = None, shares: Any = None) -> Tensor:
     chosen = images(12).split(4) if batches is None else batches
-    return token_importance(models, layouts, chosen, [1.0] * len(models))
+    found = [gradients(m, ViT().layout(m.config), chosen, range(5)) for m in models]
+    return token_weights(found, shares or [1.0] * len(models))
 
 
 def test_every_depth_keeps_its_total_and_no_token_falls_below_the_floor(vit: Any) -> None:
@@ -40,8 +40,7 @@ def test_after_the_last_attention_only_the_readout_token_counts(vit: Any) -> Non
 
 def test_a_parent_counts_by_its_weight(vit: Any) -> None:
     other, x = random_vit(seed=5), images(4)
-    layouts = [ViT().layout(m.config) for m in (vit, other)]
-    heavy = token_importance([vit, other], layouts, [x], [1.0, 0.0])
+    heavy = weights(vit, other, batches=[x], shares=[1.0, 0.0])
     torch.testing.assert_close(heavy, weights(vit, batches=[x]), rtol=1e-12, atol=0)
 
 
@@ -79,3 +78,24 @@ def test_parents_count_alike_and_keep_no_gradient(vit: Any) -> None:
 
 def test_the_same_call_gives_the_same_weights(vit: Any) -> None:
     assert torch.equal(weights(vit), weights(vit))
+
+
+def test_directions_are_the_gradients_second_moment(vit: Any) -> None:
+    layout, x = ViT().layout(vit.config), images(3)
+    found = gradients(vit, layout, [x], [4])
+    with torch.enable_grad():
+        stream = list(walk.streams(vit, layout, x))[-1].detach().requires_grad_()
+        logits = walk.apply(vit, layout.head, walk.read_out(vit, layout, stream))
+        signs = torch.randint(0, 2, logits.shape, generator=torch.Generator().manual_seed(0))
+        centred = logits - logits.mean(1, keepdim=True)
+        (grad,) = torch.autograd.grad((centred * (2 * signs - 1)).sum(), stream)
+    want = torch.einsum("btd,bte->de", grad, grad)
+    torch.testing.assert_close(found.directions, want / want.trace(), rtol=1e-10, atol=1e-14)
+    assert found.directions.shape == (15, 15)
+
+
+def test_a_share_is_drawn_from_every_batch_and_the_same_each_time() -> None:
+    batches = list(images(60).split(20))
+    one, again = (torch.cat(list(drawn(batches, 0.4))) for _ in range(2))
+    assert torch.equal(one, again) and 10 < len(one) < 40
+    assert len(torch.cat(list(drawn(batches, 1.0)))) == 60

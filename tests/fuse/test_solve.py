@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimfuse.fuse.solve import decoder, greedy_groups, reduce_scores, reduce_values, ridge, roots
+from slimfuse.fuse import greedy
+from slimfuse.fuse.greedy import greedy_groups, greedy_units
+from slimfuse.fuse.solve import decoder, reduce_scores, reduce_values, ridge, roots
 
 # float64; condition numbers below 1e4 leave 1e-12 · 1e4, with a margin
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
@@ -171,3 +173,27 @@ def test_reduced_values_are_exact_from_the_rank_of_the_output_on(size: int) -> N
     assert push.shape == (7, size)
     read = decoder(second(v), push)
     torch.testing.assert_close(v @ push @ read.T @ out.T, v @ out.T, **CLOSE)
+
+
+def test_units_taken_several_at_once_explain_nearly_as_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(60, 25, generator=generator, dtype=torch.float64)
+    mix = torch.cat([mix, mix[:30]])  # twins: taking both of a pair gains nothing
+    cov = mix @ mix.T + 1e-3 * torch.eye(90, dtype=torch.float64)
+    out = torch.randn(7, 90, generator=generator, dtype=torch.float64)
+
+    def missed(kept: list[int]) -> float:
+        back = decoder(cov, torch.eye(90, dtype=torch.float64)[:, kept])
+        left = cov - back @ cov[kept]
+        return float((out @ left * out).sum())
+
+    one = greedy_units(cov, out, 20)
+    monkeypatch.setattr(greedy, "AT_ONCE", 30)  # three at once, of 24
+    monkeypatch.setattr(greedy, "CANDIDATES", 8)
+    several = greedy_units(cov, out, 20)
+    assert len(set(several)) == 20
+    assert not any(i + 60 in several for i in several if i < 30)
+    assert missed(several) <= 1.25 * missed(one)
+    assert missed(list(range(20))) > 1.5 * missed(one)  # not every choice is as good

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from slimfuse.fuse.stream import StreamMethod, centring, consensus, pivots, stream_map
+from slimfuse.transport import Solver
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}  # float64, condition numbers below 1e4
 METHODS: tuple[StreamMethod, ...] = ("pca", "select", "ot", "cluster")
@@ -96,7 +97,7 @@ def test_copies_of_a_channel_are_merged(method: StreamMethod) -> None:
 def test_a_regulariser_softens_the_plan() -> None:
     y = rows()
     hard = stream_map(second(y), NARROW, "ot").plan
-    soft = stream_map(second(y), NARROW, "ot", reg=1.0).plan
+    soft = stream_map(second(y), NARROW, "ot", solver=Solver("sinkhorn", reg=1.0)).plan
     assert hard is not None and soft is not None
     assert soft.effective_units > 1.5 * hard.effective_units
 

@@ -1,0 +1,133 @@
+"""One layer's least squares: which rows it sees, how hard it holds on to its prior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimfuse.fuse.leave_out import LeaveOut
+from slimfuse.fuse.solve import ridge
+
+Ridge = float | None
+"""Strength relative to the mean diagonal of the inputs' covariance; None: by leaving out."""
+
+STRENGTHS = tuple(10.0**k for k in range(-6, 3))
+WORK = 1.2e11  # multiply-adds of one covariance, a second or so of one core …
+ROWS = 3  # … but never fewer rows than this many times its width
+WIDE = 1024  # from here on products are float32
+Groups = Iterable[tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Weighted statistics of goals (k) and inputs (d) of one layer.
+
+    cross: Cov[goal, input] (k, d); gram: Cov[input] (d, d); mean_in (d,); mean_goal (k,);
+    variance: E|goal - mean|²; weight: the rows' total weight.
+    """
+
+    cross: Tensor
+    gram: Tensor
+    mean_in: Tensor
+    mean_goal: Tensor
+    variance: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted layer. missed: its goal's variance left over; strength: of the ridge, inf for the
+    prior with a fitted bias, "untouched" for the prior as it was; left_out, kept: mean squared
+    error on sequences left out, of this fit and of the prior, None where none were left out.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    missed: float
+    strength: float | str
+    left_out: float | None = None
+    kept: float | None = None
+
+
+def fit(
+    stats: Statistics, prior: Tensor, strength: Ridge, groups: Groups, bias: Tensor | None = None
+) -> Fit:
+    """Return the ridge about `prior` (k, d) with a free bias.
+
+    strength: None tries `STRENGTHS`, the prior with a fitted bias and, where the prior has a
+    `bias` (k,), the prior untouched, and takes what predicts left-out groups best. groups:
+    (inputs (t, d), goals (t, k), weights (t,)) of one sequence each, among the rows of `stats`.
+    """
+    if strength is not None:
+        weight = ridge(stats.cross, stats.gram, prior, strength)
+        return _done(stats, weight, stats.mean_goal - weight @ stats.mean_in, strength)
+    judge = LeaveOut(
+        stats.cross, stats.gram, stats.mean_in, stats.mean_goal, stats.weight, prior, bias,
+        STRENGTHS,
+    )  # fmt: skip
+    for inputs, goals, weights in groups:
+        judge.update(inputs, goals, weights)
+    scores = judge.scores()
+    weight, offset = judge.solution(scores.best)
+    kept = scores.prior if scores.untouched is None else scores.untouched
+    return _done(stats, weight, offset, scores.best, scores.error(scores.best), kept)
+
+
+def _done(
+    stats: Statistics,
+    weight: Tensor,
+    bias: Tensor,
+    strength: float | str,
+    left_out: float | None = None,
+    kept: float | None = None,
+) -> Fit:
+    missed = (
+        stats.variance - 2 * (weight * stats.cross).sum() + (weight @ stats.gram * weight).sum()
+    )
+    gap = stats.mean_goal - weight @ stats.mean_in - bias
+    return Fit(weight, bias, float(missed + gap.square().sum()), strength, left_out, kept)
+
+
+class Draw:
+    """Which rows of a batch enter a statistic, and with what weight.
+
+    All, with their importance, unless the covariance would cost more than `WORK`: then a seeded
+    draw, in which a row is the likelier the more important it is and the lighter the likelier it
+    was, so that the expected sums are the same.
+    """
+
+    def __init__(self, importance: Tensor, rows: int) -> None:
+        """Take importance (checkpoints, tokens), mean 1 at each, and the rows of a checkpoint."""
+        self.importance, self.rows = importance, rows
+
+    def __call__(
+        self, checkpoint: int, batch: int, samples: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return places (r,) and weights (r,) for a covariance of this width."""
+        weights = self.importance[checkpoint].repeat(samples)
+        share = max(ROWS * width, WORK / width**2) / self.rows
+        if share >= 1:
+            return torch.arange(len(weights)), weights
+        likely = (share * weights).clamp_max(1.0)
+        generator = torch.Generator().manual_seed(7_919 * checkpoint + batch)
+        drawn = torch.rand(len(weights), generator=generator) < likely
+        places = drawn.nonzero()[:, 0]
+        return places, weights[places] / likely[places]
+
+
+def sequences(
+    places: Tensor, tokens: int, inputs: Tensor, goals: Tensor, weights: Tensor
+) -> Groups:
+    """Yield inputs, goals and weights of each sequence; places: of the rows, tokens: a sequence."""
+    _, counts = torch.unique_consecutive(places // tokens, return_counts=True)
+    sizes = counts.tolist()
+    parts = zip(inputs.split(sizes), goals.split(sizes), weights.split(sizes), strict=True)
+    yield from parts
+
+
+def products(width: int, dtype: torch.dtype) -> torch.dtype:
+    """Return the precision of the products of a covariance of rows of this dtype."""
+    return torch.float32 if width >= WIDE and dtype != torch.float64 else torch.float64

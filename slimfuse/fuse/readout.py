@@ -1,0 +1,127 @@
+"""What stands behind the last stream: a pooler, where the class has one, and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from slimfuse.families import Layout
+from slimfuse.fuse import walk
+from slimfuse.fuse.fits import Groups, Statistics, fit
+from slimfuse.fuse.labels import Goals
+from slimfuse.fuse.running import JUDGES
+from slimfuse.fuse.solve import decoder
+from slimfuse.moments import Moments
+
+if TYPE_CHECKING:
+    from slimfuse.fuse.builder import Builder
+
+
+def fit_head(builder: Builder, goals: Goals) -> None:
+    """Fit the head to what `goals` makes of the parents' logits."""
+    layout, union, run = builder.layout, builder.union, builder.run
+    key = f"{layout.head}.weight"
+    models = [parent.model for parent in union.parents]
+    backs = None if layout.pooler is None else builder._fit_pooler(goals)
+    shape = builder.target.get_parameter(key).shape
+    sites = {f"n{p}": state[key].shape[1] for p, state in enumerate(union.states)}
+    moments = builder._moments(goal=shape[0], t=shape[1], **sites)
+    inputs, wanted = [], []
+    for b in range(len(run.sizes)):
+        tops = [walk.read_out(m, layout, x) for m, x in zip(models, run.streams(b), strict=True)]
+        heads = zip(models, tops, strict=True)
+        scores = [walk.apply(m, layout.head, top).double() for m, top in heads]
+        wanted.append(goals(scores, [top.double() for top in tops]))
+        inputs.append(walk.read_out(builder.target, layout, run.stream(b)).double())
+        moments.update(goal=wanted[-1], t=inputs[-1], **dict(zip(sites, tops, strict=True)))
+
+    def back(p: int) -> Tensor:
+        """Return how a parent's features are read from the target's (d_p, m)."""
+        if backs is not None:
+            return backs[p]
+        return builder._readback(moments, p, p, _gain(union.states[p], layout, union.widths[p]))
+
+    def prior() -> Tensor:
+        total = torch.zeros(shape, dtype=torch.float64)
+        for p, (places, weight) in enumerate(goals.shares):
+            total[places] += weight * union.states[p][key].double() @ back(p)
+        return total
+
+    weight, bias = builder._held(layout.head, prior)
+    stats = statistics(moments, "goal", "t")
+    groups = _singles(torch.cat(inputs), torch.cat(wanted))
+    found = fit(stats, weight, builder.settings.ridge, groups, bias)
+    builder._write(layout.head, found, len(layout.blocks), stats.variance)
+
+
+def fit_pooler(builder: Builder, goals: Goals) -> list[Tensor]:
+    """Fit the pooler to those of the parents' pooled units that explain their logits best.
+
+    Returns how each parent's pooled units are read from the target's (d_p, m).
+    """
+    layout, union, run = builder.layout, builder.union, builder.run
+    assert layout.pooler is not None
+    dense, head = f"{layout.pooler.dense}.weight", f"{layout.head}.weight"
+    sizes = [len(state[dense]) for state in union.states]
+    sites = {f"n{p}": width for p, width in enumerate(union.widths)}
+    units = builder._moments(all=sum(sizes))
+    read = builder._moments(**sites, t=builder.shape.hidden_size)
+    inputs, wanted = [], []
+    for b in range(len(run.sizes)):
+        seen = [x[:, layout.readout] for x in run.streams(b)]
+        pairs = zip(union.parents, seen, strict=True)
+        raw = torch.cat([walk.apply(p.model, layout.pooler.dense, x) for p, x in pairs], dim=1)
+        inputs.append(run.stream(b)[:, layout.readout].double())
+        wanted.append(raw.double())
+        units.update(all=layout.pooler.activation(raw))
+        read.update(t=inputs[-1], **dict(zip(sites, seen, strict=True)))
+    cov = units.cov("all")
+    out = torch.zeros(len(builder.target.get_parameter(head)), sum(sizes), dtype=torch.float64)
+    columns = torch.arange(sum(sizes)).split(sizes)
+    for (places, weight), state, own in zip(goals.shares, union.states, columns, strict=True):
+        out[places[:, None], own] += weight * state[head].double()
+    push = builder._choose_pooled(cov, out)
+
+    def prior() -> Tensor:
+        ones = [torch.ones(width, dtype=torch.float64) for width in union.widths]
+        moved = [
+            state[dense].double() @ builder._readback(read, p, p, ones[p])
+            for p, state in enumerate(union.states)
+        ]
+        return push.T @ torch.cat(moved)
+
+    both = builder._moments(goal=push.shape[1], t=builder.shape.hidden_size)
+    goal = torch.cat(wanted) @ push
+    both.update(goal=goal, t=torch.cat(inputs))
+    weight, bias = builder._held(layout.pooler.dense, prior)
+    stats = statistics(both, "goal", "t")
+    groups = _singles(torch.cat(inputs), goal)
+    found = fit(stats, weight, builder.settings.ridge, groups, bias)
+    builder._write(layout.pooler.dense, found, len(layout.blocks), stats.variance)
+    return list(torch.split(decoder(cov, push), sizes))
+
+
+def statistics(moments: Moments, goal: str, inputs: str) -> Statistics:
+    """Return a fit's statistics from moments of its goals and inputs."""
+    return Statistics(
+        moments.cov(goal, inputs), moments.cov(inputs), moments.mean(inputs), moments.mean(goal),
+        float(moments.cov(goal).trace()), moments.weight,
+    )  # fmt: skip
+
+
+def _gain(state: Mapping[str, Tensor], layout: Layout, width: int) -> Tensor:
+    """Return the gain of the final norm (d_p,), ones where there is none."""
+    if layout.final_norm:
+        return state[f"{layout.final_norm}.weight"]
+    return torch.ones(width, dtype=torch.float64)
+
+
+def _singles(inputs: Tensor, goals: Tensor) -> Groups:
+    """Yield some sequences' rows, one each, for leaving out."""
+    step = max(1, len(inputs) // JUDGES)
+    few, wanted = inputs[::step], goals[::step]
+    ones = torch.ones(len(few), dtype=torch.float64)
+    yield from zip(few.split(1), wanted.split(1), ones.split(1), strict=True)

@@ -1,0 +1,166 @@
+"""Parents and target, block after block over cached batches: only streams are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor, nn
+
+from slimfuse.families import Layout
+from slimfuse.fuse import walk
+from slimfuse.fuse.cache import StreamCache
+from slimfuse.fuse.fits import Draw, Groups, sequences
+from slimfuse.fuse.union import Member, Union
+
+JUDGES = 64  # sequences that judge a ridge: the order of strengths is what matters
+Rows = Callable[[int, Tensor], Tensor]
+"""Batch number and places (r,) -> float64 rows (r, width)."""
+
+
+class Running:
+    """The streams of all parents (x0, x1, …) and of the target (z), one batch in memory at a time.
+
+    Within a block also what member k reads: i{k} before its attention, m{k} before its MLP. Of
+    post-norm parents also what the last norm divided by: s0, s1, ….
+    """
+
+    def __init__(
+        self, union: Union, target: nn.Module, layout: Layout, cache: StreamCache, draw: Draw
+    ) -> None:
+        self.union, self.target, self.layout = union, target, layout
+        self.cache, self.draw = cache, draw
+        self.sizes: list[int] = []  # samples of every batch
+        self.tokens = 0
+        self.left = [layout.embed_norm for layout in union.layouts]
+        """The norm that each parent's stream has left, of post-norm parents."""
+
+    def start(self, batches: Iterable[Tensor]) -> None:
+        """Start the streams from the embeddings."""
+        for b, batch in enumerate(batches):
+            self.start_parents([batch])
+            self.cache.put("z", b, walk.embed(self.target, self.layout, batch))
+
+    def start_parents(self, batches: Iterable[Tensor]) -> None:
+        """Start the parents' streams of the next batches."""
+        for b, batch in enumerate(batches, start=len(self.sizes)):
+            for p, x in enumerate(self.union.embed(batch)):
+                self.cache.put(f"x{p}", b, x)
+                self.tokens = x.shape[1]
+                if self.union.post_norm:
+                    model, layout = self.union.parents[p].model, self.union.layouts[p]
+                    total = walk.embed_sum(model, layout, batch)
+                    self._keep_scale(p, layout.embed_norm, total, b)
+            self.sizes.append(len(batch))
+
+    def start_sums(self, batches: Iterable[Tensor]) -> None:
+        """Put what a post-norm target's first norm sees in the place of its stream."""
+        for b, batch in enumerate(batches):
+            self.cache.put("z", b, walk.embed_sum(self.target, self.layout, batch))
+
+    def streams(self, batch: int) -> list[Tensor]:
+        """Return every parent's stream."""
+        return [self.cache.get(f"x{p}", batch) for p in range(len(self.union))]
+
+    def stream(self, batch: int) -> Tensor:
+        """Return the target's stream."""
+        return self.cache.get("z", batch)
+
+    def scale(self, parent: int, batch: int) -> Tensor:
+        """Return what a post-norm parent's last norm divided by (batch, tokens, 1)."""
+        return self.cache.get(f"s{parent}", batch)
+
+    def attend(self, members: Sequence[Member], batch: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the parents up to their last MLP of a block; x{p}: with all attention added.
+
+        Returns the members' normed streams and their heads' outputs.
+        """
+        normed, outputs = [], []
+        streams = self.streams(batch)
+        goals = list(streams)
+        for k, member in enumerate(members):
+            x = streams[member.parent]
+            normed.append(self.union.normed(member, "attention_norm", x))
+            heads, total = self.union.attention(member, x, normed[-1])
+            mid = self.union.landed(member, "attention_norm", total)
+            outputs.append(heads)
+            self.cache.put(f"i{k}", batch, x)
+            self.cache.put(f"m{k}", batch, mid)
+            goals[member.parent] = goals[member.parent] + (total - x)
+            if _last(members, k):
+                total = goals[member.parent]
+                self._note(member, "attention_norm", total, batch)
+                goals[member.parent] = self.union.landed(member, "attention_norm", total)
+            else:
+                total = self.union.mlp(member, mid)[1]
+                streams[member.parent] = self.union.landed(member, "mlp_norm", total)
+        for p, x in enumerate(goals):
+            self.cache.put(f"x{p}", batch, x)
+        return normed, outputs
+
+    def activate(self, members: Sequence[Member], batch: int) -> list[Tensor]:
+        """Run the members' MLPs and return their activations."""
+        activations = []
+        sums = self.streams(batch)
+        for k, member in enumerate(members):
+            mid = self.cache.get(f"m{k}", batch)
+            units, total = self.union.mlp(member, mid)
+            activations.append(units)
+            sums[member.parent] = sums[member.parent] + (total - mid)
+            if _last(members, k):
+                self._note(member, "mlp_norm", sums[member.parent], batch)
+                after = self.union.landed(member, "mlp_norm", total)
+                self.cache.put(f"x{member.parent}", batch, after)
+        return activations
+
+    def normed(self, members: Sequence[Member], norm: str, batch: int) -> list[Tensor]:
+        """Return what the members' readers see behind one of their norms."""
+        name = "i" if norm == "attention_norm" else "m"
+        return [
+            self.union.normed(m, norm, self.cache.get(f"{name}{k}", batch))
+            for k, m in enumerate(members)
+        ]
+
+    def own(self, norm: str, batch: int) -> Tensor:
+        """Return what the target's branch with the norm at this path reads."""
+        return walk.reading(self.target, self.layout.blocks[0], norm, self.stream(batch))
+
+    def advance(self, name: str, batch: int, branch: Tensor) -> None:
+        """Add what the layer `name` makes of its input to the target's stream.
+
+        A post-norm target's sum takes the stream's place until its norm is known (`post_norm`).
+        """
+        out = walk.apply(self.target, name, branch)
+        self.cache.put("z", batch, self.stream(batch) + out)
+
+    def forget(self, members: Sequence[Member], name: str) -> None:
+        """Drop what the members read: `i` or `m`."""
+        for b in range(len(self.sizes)):
+            for k in range(len(members)):
+                self.cache.drop(f"{name}{k}", b)
+
+    def judges(self, checkpoint: int, width: int, inputs: Rows, goals: Rows) -> Groups:
+        """Yield the rows of some sequences, spread over all batches, for leaving out."""
+        step, first = max(1, sum(self.sizes) // JUDGES), 0
+        for b, samples in enumerate(self.sizes):
+            places, weights = self.draw(checkpoint, b, samples, width)
+            judged = (places // self.tokens + first) % step == 0
+            first += samples
+            if judged.any():
+                places, weights = places[judged], weights[judged]
+                rows = inputs(b, places), goals(b, places)
+                yield from sequences(places, self.tokens, *rows, weights)
+
+    def _note(self, member: Member, norm: str, total: Tensor, batch: int) -> None:
+        """Keep what a post-norm member's norm divides the sum with all branches so far by."""
+        if self.union.post_norm:
+            path: str = getattr(self.union.block(member), norm)
+            self._keep_scale(member.parent, path, total, batch)
+
+    def _keep_scale(self, parent: int, norm: str, total: Tensor, batch: int) -> None:
+        module = self.union.parents[parent].model.get_submodule(norm)
+        self.cache.put(f"s{parent}", batch, walk.norm_scale(module, total))
+        self.left[parent] = norm
+
+
+def _last(members: Sequence[Member], k: int) -> bool:
+    return k + 1 == len(members) or members[k + 1].parent != members[k].parent
