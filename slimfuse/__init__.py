@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from slimfuse.pipeline import Run, compress, plan
+    from slimfuse.pipeline import Comparison, Run, compare, compress, plan
     from slimfuse.stock import verify
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "compress", "plan", "verify"]
+__all__ = ["Comparison", "Run", "__version__", "compare", "compress", "plan", "verify"]
 
 _HOMES = {
+    "Comparison": "slimfuse.pipeline",
     "Run": "slimfuse.pipeline",
+    "compare": "slimfuse.pipeline",
     "compress": "slimfuse.pipeline",
     "plan": "slimfuse.pipeline",
     "verify": "slimfuse.stock",

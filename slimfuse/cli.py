@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from slimfuse.errors import SlimfuseError
+from slimfuse.errors import SlimfuseError, UserError
 from slimfuse.progress import console, working
 
 INTERRUPTED = 130
@@ -87,10 +87,59 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
         )  # fmt: skip
     stdout = Console()
     stdout.print(table)
+    if made.proposal is not None and made.searched:
+        from slimfuse.shapes import HEADER
+
+        found = Table(title="Shapes for the child")
+        for column in HEADER:
+            found.add_column(column, justify="left" if column in HEADER[:2] else "right")
+        found.columns[-1].justify = "left"
+        for row in made.proposal.rows():
+            found.add_row(*map(escape, row))
+        stdout.print(found)
+    for note in made.proposal.notes if made.proposal is not None else ():
+        stdout.print(escape(note), soft_wrap=True)
     stdout.print(
         f"peak memory, estimated: {words.size(made.memory)}   "
         f"disk, estimated: {words.size(made.disk)}"
     )
+
+
+@app.command("compare")
+def compare_methods(
+    recipe: RecipePath,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0.")] = 3,
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Finetuning budgets in steps, as in 0,300,1000.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder (default runs/NAME-compare).")
+    ] = None,
+) -> None:
+    """Run a recipe's method beside all others and the controls, at equal budgets."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    with working("starting"):
+        from slimfuse.pipeline.comparison import compare, markdown
+
+    found = compare(
+        recipe, seeds=range(seeds), steps=_numbers(steps), overrides=tuple(overrides or ()), out=out
+    )
+    Console().print(Markdown(markdown(found)))
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UserError(
+            "not a list of steps", where="--steps", got=text, allowed="numbers, as in 0,300,1000"
+        )
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 @app.command()

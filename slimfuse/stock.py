@@ -1,4 +1,4 @@
-"""Prove that a finished folder opens in stock classes, in a process without slimfuse."""
+"""Prove that a finished folder opens in stock tools, in a process without slimfuse."""
 
 from __future__ import annotations
 
@@ -12,40 +12,74 @@ from pathlib import Path
 from slimfuse.errors import CheckFailed, UserError
 
 TOLERANCE = 1e-5
+ONNX_TOLERANCE = 1e-4  # other kernels than those that made the logits
 
-SCRIPT = """
+START = """
 import json, sys
 sys.modules["slimfuse"] = None          # importing it anywhere below is an error
 sys.modules["slimfuse_export"] = None
 import logging
 logging.disable(logging.WARNING)
 import numpy as np
+folder, threads = sys.argv[1], int(sys.argv[2])
+"""
+
+STOCK = """
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
-folder, threads = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(threads)
 model, info = AutoModelForImageClassification.from_pretrained(
     folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False)
 processor = AutoImageProcessor.from_pretrained(folder)
 problems = {k: sorted(map(str, v)) for k, v in info.items() if v}
-saved = np.load(folder + "/onnx/samples.npz", allow_pickle=False)
-gap, scale, samples = 0.0, 0.0, 0
-with torch.no_grad():
-    for key in saved.files:
-        if key.endswith("inputs/pixel_values"):
-            case = key.split("/")[0]
-            got = model.eval()(pixel_values=torch.from_numpy(saved[key])).logits.numpy()
-            want = saved[case + "/outputs/logits"]
-            if got.shape != want.shape:
-                problems["shape of the logits"] = [str(got.shape), str(want.shape)]
-                continue
-            samples += len(want)
-            gap = float(np.maximum(gap, np.abs(got - want).max()))  # keeps a NaN, unlike max()
-            scale = max(scale, float(np.abs(want).max()))
-print("RESULT " + json.dumps({"class": type(model).__name__, "processor": type(processor).__name__,
-      "problems": problems, "gap": gap, "scale": scale, "samples": samples,
-      "parameters": sum(p.numel() for p in model.parameters())}))
+name, parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
+
+def answer(pixels):
+    with torch.no_grad():
+        return model.eval()(pixel_values=torch.from_numpy(pixels)).logits.numpy()
 """
+
+ONNX = """
+import onnxruntime as ort
+from safetensors.numpy import load_file
+from transformers import AutoImageProcessor
+options = ort.SessionOptions()
+options.intra_op_num_threads = threads
+session = ort.InferenceSession(folder + "/onnx/model.onnx", options)
+processor = AutoImageProcessor.from_pretrained(folder)
+with open(folder + "/config.json") as file:
+    name = "the ONNX file of " + json.load(file)["architecture"]
+weights = load_file(folder + "/model.safetensors")
+# a BatchNorm's statistics are no parameters
+parameters = sum(v.size for k, v in weights.items()
+                 if not k.endswith(("running_mean", "running_var", "num_batches_tracked")))
+problems = {}
+
+def answer(pixels):
+    return session.run(["logits"], {"pixel_values": pixels})[0]
+"""
+
+COMPARE = """
+with np.load(folder + "/onnx/samples.npz", allow_pickle=False) as file:
+    saved = dict(file)
+gap, scale, samples = 0.0, 0.0, 0
+for key in saved:
+    if key.endswith("inputs/pixel_values"):
+        case = key.split("/")[0]
+        got, want = answer(saved[key]), saved[case + "/outputs/logits"]
+        if got.shape != want.shape:
+            problems["shape of the logits"] = [str(got.shape), str(want.shape)]
+            continue
+        samples += len(want)
+        gap = float(np.maximum(gap, np.abs(got - want).max()))  # keeps a NaN, unlike max()
+        scale = max(scale, float(np.abs(want).max()))
+print("RESULT " + json.dumps({"class": name, "processor": type(processor).__name__,
+      "problems": problems, "gap": gap, "scale": scale, "samples": samples,
+      "parameters": parameters}))
+"""
+
+SCRIPT = START + STOCK + COMPARE
+ONNX_SCRIPT = START + ONNX + COMPARE
 
 
 @dataclass(frozen=True)
@@ -61,8 +95,9 @@ class Verified:
 def verify(folder: Path, *, threads: int = 1) -> Verified:
     """Open `folder` with transformers' Auto classes where slimfuse can't be imported.
 
-    Raises UserError when the folder is not a finished one, CheckFailed when a weight is missing
-    or unexpected or the logits differ from the run's by more than 1e-5 of their size.
+    A plain net has no stock class: there onnxruntime opens its ONNX file. Raises UserError when
+    the folder is not a finished one, CheckFailed when a weight is missing or unexpected or the
+    logits differ from the run's by more than 1e-5 (ONNX: 1e-4) of their size.
     """
     needed = ("config.json", "model.safetensors", "preprocessor_config.json", "onnx/samples.npz")
     missing = [name for name in needed if not (folder / name).is_file()]
@@ -73,15 +108,19 @@ def verify(folder: Path, *, threads: int = 1) -> Verified:
             got=f"no {', no '.join(missing)}",
             hint="give the `model` folder of a run that has finished",
         )
+    plain = _is_plain(folder)
+    script = ONNX_SCRIPT if plain else SCRIPT
+    tolerance = ONNX_TOLERANCE if plain else TOLERANCE
     done = subprocess.run(
         # -P: nothing in the current folder may stand in for an installed package
-        [sys.executable, "-P", "-c", SCRIPT, str(folder.resolve()), str(threads)],
+        [sys.executable, "-P", "-c", script, str(folder.resolve()), str(threads)],
         capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise CheckFailed("stock classes can't open the folder", where=str(folder), got=last)
+        what = "onnxruntime" if plain else "stock classes"
+        raise CheckFailed(f"{what} can't open the folder", where=str(folder), got=last)
     result = json.loads(lines[0].removeprefix("RESULT "))
     gap = result["gap"] / (result["scale"] or 1.0)
     if result["problems"]:
@@ -95,11 +134,20 @@ def verify(folder: Path, *, threads: int = 1) -> Verified:
             "the folder holds no logits of its run to compare with",
             where=str(folder / "onnx/samples.npz"),
         )
-    if not gap <= TOLERANCE:
+    if not gap <= tolerance:
         raise CheckFailed(
-            "the stock class gives other logits than the run did",
+            f"{'onnxruntime' if plain else 'the stock class'} gives other logits than the run did",
             where=str(folder),
             got=f"{gap:.2e} relative",
-            allowed=f"{TOLERANCE:.0e}",
+            allowed=f"{tolerance:.0e}",
         )
     return Verified(result["class"], result["processor"], result["parameters"], gap)
+
+
+def _is_plain(folder: Path) -> bool:
+    """Tell a plain net's folder, whose config names no class of transformers."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(config, dict) and "architecture" in config and "model_type" not in config

@@ -20,6 +20,8 @@ ALLOWED = {
     "families": {"spaces", "errors"},
     "moments": {"spaces", "errors"},
     "saliency": {"spaces", "errors"},
+    "shapes": {"families", "errors"},
+    "nets": {"spaces", "transport", "moments", "errors"},
     "fuse": {"spaces", "transport", "moments", "families", "saliency", "progress", "errors"},
 }
 # room -> the rooms that it must not know

@@ -47,11 +47,11 @@ def test_a_new_process_answers_at_once_and_without_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "LIGHT" in done.stdout
-    for command in ("compress", "plan", "verify", "doctor", "recipe"):
+    for command in ("compress", "compare", "plan", "verify", "doctor", "recipe"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["compress", "plan", "verify", "doctor", "recipe"])
+@pytest.mark.parametrize("command", ["compress", "compare", "plan", "verify", "doctor", "recipe"])
 def test_every_command_has_help(run: Callable[..., Ran], command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0 and "Usage: slimfuse" in out
@@ -141,6 +141,31 @@ def test_plan_tells_models_memory_and_disk(run: Callable[..., Ran], tiny_recipe:
     assert code == 0
     for words in ("child", "8 wide, 2 deep", "1.6 k", "peak memory", "disk"):
         assert words in out
+    assert "num_attention_heads: not given, so the parent's 2, with 4 units each" in out
+    assert "Shapes for the child" not in out  # the ratio is met: nothing was searched
+
+
+def test_plan_shows_what_a_budget_or_a_rounded_ratio_came_to(
+    run: Callable[..., Ran], tiny_recipe: Path
+) -> None:
+    budget = "target={budget: {params: 0.4}}"
+    code, out, _ = run("plan", tiny_recipe, "--set", budget)
+    assert code == 0
+    for words in ("Shapes for the child", "chosen", "possible", "refused", "over the budget",
+                  "meets params up to 0.4 of the parent's"):  # fmt: skip
+        assert words in " ".join(out.split())
+    chosen = next(line for line in out.splitlines() if "chosen" in line)
+    child = next(line for line in out.splitlines() if line.startswith("│ child"))
+    shape = chosen.split("│")[2].strip()
+    assert shape and shape in child
+
+    code, out, _ = run("plan", tiny_recipe, "--set", "target.hidden_size=0.45")
+    assert code == 0 and "Shapes for the child" in out
+    assert "hidden_size: 0.45 of the parent's 16 is 7.2; the nearest legal value is 8." in out
+    assert "must be a multiple" in " ".join(out.split())
+
+    code, _, err = run("plan", tiny_recipe, "--set", "target={budget: {params: 10}}")
+    assert code == 2 and "no legal shape meets the budget" in err and "target.budget.params" in err
 
 
 def test_recipe_commands(run: Callable[..., Ran], tiny_recipe: Path, tmp_path: Path) -> None:
@@ -155,7 +180,7 @@ def test_recipe_commands(run: Callable[..., Ran], tiny_recipe: Path, tmp_path: P
     assert load_recipe(tmp_path / "shown.yaml") == load_recipe(tiny_recipe, ("finetune.lr=0.25",))
 
     code, out, _ = run("recipe", "schema")
-    assert code == 0 and "finetune" in json.loads(out)["properties"]
+    assert code == 0 and "finetune" in json.loads(out)["$defs"]["Recipe"]["properties"]
 
     (tiny_recipe.parent / "broken.yaml").write_text("version: 2\n")
     code, out, _ = run("recipe", "list", tiny_recipe.parent)

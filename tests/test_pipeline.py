@@ -34,6 +34,7 @@ STAGES = {
     "finetuned": "finetuned",
     "onnx": "onnx",
     "onnx-int8": "onnx-int8",
+    "random-refit": "baseline",
     "random-start": "baseline",
 }
 

@@ -85,8 +85,8 @@ def says(text: str, words: Words) -> None:
             ("target.hidden_size", "got:     18", "allowed: 1 … 16"),
         ),
         (
-            recipe(target={"num_hidden_layers": 1}),
-            ("target.num_hidden_layers", "got:     1", "allowed: 2"),
+            recipe(target={"num_hidden_layers": 3}),
+            ("target.num_hidden_layers", "got:     3", "allowed: 1 … 2"),
         ),
         (
             recipe(parents=[{"name": "a", "from": "../gone"}]),
@@ -165,7 +165,7 @@ def test_a_late_error_tells_the_line_of_its_key(
 def test_labels_that_are_not_the_datas_tell_the_line(
     fails: Callable[..., str], tmp_path: Path
 ) -> None:
-    save_parent(tmp_path / "slim", labels=7)
+    save_parent(tmp_path / "slim", labels=["0", "1", "two"])
     says(
         fails(recipe(parents=[{"name": "a.b", "from": "slim"}]), "--set", "parents.0.weight=2"),
         ("labels are not the data set's", "recipe.yaml:", ": parents.a.b"),
@@ -176,8 +176,12 @@ def test_subclone_of_a_parent_with_too_few_units(fails: Callable[..., str], tmp_
     save_parent(tmp_path / "slim", intermediate_size=8)
     save_parent(tmp_path / "other", hidden_size=24, intermediate_size=32)
     content = {**two(), "target": {"hidden_size": 8, "intermediate_size": 12}}
-    text = fails({**content, "baselines": ["subclone"]})
-    says(text, ("baseline subclone", "recipe.yaml:", ": baselines", "8 units", "12", "next:"))
+    content["fuse"] = {"parents": ["a"]}  # b alone has as many
+    selected = {"fuse": {"parents": ["a"], "method": "select"}}
+    for key, change in (("baselines", {"baselines": ["subclone"]}), ("fuse.method", selected)):
+        text = fails({**content, **change})
+        says(text, ("copies units of the widest parent", "a has too few", "recipe.yaml:",
+                    f": {key}", "mlp.0: 8 units", "12", "next:"))  # fmt: skip
 
 
 # -- parents that don't fit -------------------------------------------------------------------
@@ -197,10 +201,8 @@ def slim(saved_parents: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"labels": 7}, ("the parents don't fit each other", "labels: a has 10", "b has 7")),
         ({"image_size": 16}, ("different image sizes", "a has 8, b has 16", "next:")),
-        ({"patch_size": 2}, ("patch_size: a has 4, b has 2",)),
-        ({"num_hidden_layers": 3}, ("num_hidden_layers: a has 2, b has 3",)),
+        ({"patch_size": 2}, ("the parents don't fit each other", "patch_size: a has 4, b has 2")),
     ],
 )
 def test_parents_that_differ(
@@ -211,8 +213,13 @@ def test_parents_that_differ(
 
 
 def test_parents_with_other_labels_than_the_data(fails: Callable[..., str], tmp_path: Path) -> None:
+    save_parent(tmp_path / "slim", labels=["cat", "dog"])
+    words = ("labels are not the data set's", "parents.a", "got:     2: cat, dog",
+             "allowed: 10, or some of them by name: 0, 1, 2, 3, 4, 5, …", "next:")  # fmt: skip
+    says(fails(two(second="slim")), words)
     save_parent(tmp_path / "slim", labels=7)
-    says(fails(two(second="slim")), ("labels are not the data set's", "parents.a", "got:     7"))
+    text = fails(two(second="slim"))
+    says(text, ("no parent knows some of the data set's classes", "got:     7, 8, 9", "next:"))
 
 
 def test_parents_that_prepare_images_differently(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_run import events, folder_bytes, recipe, save_parent, write_recipe
 
 from slimfuse.data import load_digits
-from slimfuse.errors import ShapeError
+from slimfuse.errors import DataError, ShapeError
 from slimfuse.fuse.baselines import subclone
 from slimfuse.pipeline import compress, package, plan
 from slimfuse.pipeline import job as job_module
@@ -24,6 +24,7 @@ from slimfuse.pipeline.stages import Stages
 from slimfuse.recipe import load_recipe
 from slimfuse.store import Store
 
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 PARENTS = [{"name": "wide", "from": "wide"}, {"name": "slim", "from": "slim", "weight": 0.5}]
 TARGET = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -60,7 +61,7 @@ def test_parents_of_different_widths_with_everything_switched(
     run = compress(path, out=tmp_path / "run")
     rows = {row.name: row for row in run.report.rows}
     assert list(rows) == [
-        "wide", "slim", "fused", "finetuned", "onnx", "random-start", "subclone",
+        "wide", "slim", "fused", "finetuned", "onnx", "random-refit", "random-start", "subclone",
     ]  # fmt: skip
     assert {(x.threads, x.batch) for x in rows["onnx"].latency} == {(1, 1), (1, 3), (2, 1), (2, 3)}
     assert "onnx/model_quantized.onnx" not in folder_bytes(run.model)
@@ -91,7 +92,7 @@ def test_one_parent_without_training(saved_parents: Path, tmp_path: Path) -> Non
     run = compress(path, out=tmp_path / "run")
     assert run.passed
     assert [row.name for row in run.report.rows] == [
-        "child", "fused", "finetuned", "onnx", "onnx-int8",
+        "child", "fused", "finetuned", "onnx", "onnx-int8", "random-refit",
     ]  # fmt: skip
     assert run.report.rows[0].params > 2 * run.report.rows[1].params
     fused, tuned = (
@@ -117,18 +118,19 @@ def test_a_target_between_the_parents_widths(saved_parents: Path, tmp_path: Path
     between = {**TARGET, "hidden_size": 20}
     stages = start(saved_parents, tmp_path / "run", target=between)
     assert bool(torch.isfinite(stages.scores(stages.start("fused"))).all())
-    with pytest.raises(ShapeError, match="wider than the first parent") as error:
-        start(saved_parents, tmp_path / "run", target=between, parents=PARENTS[::-1])
-    assert error.value.hint == "put the widest parent first"
+    reverse = start(saved_parents, tmp_path / "run", target=between, parents=PARENTS[::-1])
+    assert [p.name for p in reverse.job.by_width] == ["wide", "slim"]
+    with pytest.raises(ShapeError, match="larger than the parents'") as error:
+        start(saved_parents, tmp_path / "run", target=between, parents=PARENTS[1:])
+    assert error.value.where == "target.hidden_size"
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_subclone_copies_the_first_parent(saved_parents: Path, tmp_path: Path, order: int) -> None:
-    parents = PARENTS[::order]
-    stages = start(saved_parents, tmp_path / "run", parents=parents)
+def test_subclone_copies_the_widest_parent(saved_parents: Path, tmp_path: Path, order: int) -> None:
+    stages = start(saved_parents, tmp_path / "run", parents=PARENTS[::order])
     family, job = stages.job.family, stages.job
     wanted = family.build(job.target)
-    subclone(family.load(saved_parents / str(parents[0]["from"])), wanted, family)
+    subclone(family.load(saved_parents / "wide"), wanted, family)
     found = family.load(stages.start("subclone").path).state_dict()
     assert all(torch.equal(value, found[key]) for key, value in wanted.state_dict().items())
 
@@ -177,3 +179,17 @@ def test_limits_draw_from_every_class(tiny_recipe: Path, monkeypatch: pytest.Mon
     assert len(limited.data.test) == 60 and len(set(limited.data.test.labels)) == 10
     whole = prepare(load_recipe(tiny_recipe, ("data.limit.test=null",)), tiny_recipe)
     assert len(whole.data.test) == len(digits.test)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_shipped_recipe_is_planned(path: Path) -> None:
+    try:
+        made = plan(path)
+    except DataError as error:
+        if "Fashion-MNIST" not in str(error):
+            raise
+        pytest.skip("Fashion-MNIST is not here")
+    names = [m.name for m in made.models]
+    assert names[-1] == "child"
+    assert "anchor" in names or path.parent.name != "ablations"
+    assert len(SHIPPED) >= 20

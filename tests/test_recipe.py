@@ -23,9 +23,15 @@ from slimfuse.recipe import (
     load_recipe,
     recipe_schema,
 )
+from slimfuse.recipe.models import RESERVED_NAMES
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def stem(path: Path) -> str:
+    return path.stem
+
 
 GOOD = """\
 # A short line about it.
@@ -50,6 +56,7 @@ TOP_KEYS = (
     "baselines, bench, data, export, family, finetune, fuse, gates, name, parents, runtime, "
     "target, task, version"
 )
+FUSE_KEYS = "alignment, batch_size, heads, layers, method, ot, parents, refit, ridge, stream, units"
 NAME_RULE = "1 to 64 of a-z 0-9 . _ -, the first a letter or digit, without '..'"
 
 
@@ -86,7 +93,16 @@ def test_defaults_are_filled_in_under_the_yaml_names(write: Any) -> None:
     assert lock["parents"][0] == {
         "name": "a", "from": "some/model", "train": None, "weight": 1.0, "revision": None,
     }  # fmt: skip
-    assert lock["fuse"]["ot"] == {"solver": "emd", "reg": 0.05}
+    assert lock["fuse"] == {
+        "method": "refit", "parents": None, "stream": "pca", "units": "cholesky", "heads": "drop",
+        "ridge": "auto", "layers": None, "alignment": "gauge", "refit": True,
+        "ot": lock["fuse"]["ot"], "batch_size": 128,
+    }  # fmt: skip
+    assert lock["fuse"]["ot"] == {
+        "solver": "emd", "reg": None, "effective_units": None, "marginal_reg": 1.0, "mass": 1.0,
+        "cost": "activations", "masses": "uniform", "residual": "mean", "qk": "equal",
+        "heads": "kept", "tokens": "all", "window": 1, "anchor": None, "anchor_weight": None,
+    }  # fmt: skip
     assert lock["bench"] == {"threads": [1], "batch": [1, 8], "warmup": 10, "min_seconds": 3.0}
     assert lock["finetune"]["distill"]["teachers"] is None
 
@@ -115,7 +131,8 @@ def test_a_size_stays_absolute_or_ratio(write: Any, value: int | float) -> None:
 def test_overrides_set_nested_keys_items_and_lists(write: Any) -> None:
     overrides = [
         "parents.0.weight=3", "parents[1].train.epochs=7", "finetune.distill.teachers=[b]",
-        "fuse.stream=ot", "fuse.ot.reg=1e-1", "fuse.ot.reg=2e-1", "parents.0.from=null",
+        "fuse.stream=ot", "fuse.ot.solver=sinkhorn", "fuse.ot.reg=1e-1", "fuse.ot.reg=2e-1",
+        "parents.0.from=null",
         "parents.0.train="
         "{epochs: 1, config: {hidden_size: 6, num_hidden_layers: 1, num_attention_heads: 3,"
         " intermediate_size: 5, patch_size: 2}}",
@@ -134,11 +151,26 @@ def test_a_recipe_is_frozen(write: Any) -> None:
     assert isinstance(hash(recipe), int)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=stem)
 def test_every_shipped_recipe_loads(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.family == path.parent.name
-    assert len(SHIPPED) >= 2
+    assert path.parent.name in (recipe.family, "ablations")
+    assert len(SHIPPED) >= 20
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "ablations").glob("*.yaml")), ids=stem)
+def test_an_ablation_changes_one_choice_of_the_base(path: Path) -> None:
+    base, lock = (load_recipe(p).to_lock() for p in (path.with_name("base.yaml"), path))
+    assert lock["name"] == f"ablation-{path.stem}" and lock["fuse"]["method"] == "ot"
+    if path.stem == "equal-width":
+        assert lock["fuse"]["ot"]["anchor"]["train"] == lock["parents"][0]["train"]
+        return
+    changed = {k for k, v in lock["fuse"]["ot"].items() if v != base["fuse"]["ot"][k]}
+    softness = {"reg", "effective_units", "marginal_reg", "mass"}
+    assert len(changed - softness) == (path.stem != "base")
+    assert changed <= softness | {"solver"} or not changed & softness
+    lock["fuse"]["ot"], lock["name"] = base["fuse"]["ot"], base["name"]
+    assert lock == base
 
 
 def test_the_recipe_imports_no_torch() -> None:
@@ -156,7 +188,7 @@ def test_the_recipe_imports_no_torch() -> None:
          f"16: traget: unknown key; did you mean 'target'? allowed: {TOP_KEYS}"),
         ("hidden_size: 0.5", "hidden_size: 0.5\n  head: 3",
          "18: target.head: unknown key; allowed: "
-         "hidden_size, intermediate_size, num_attention_heads, num_hidden_layers"),
+         "budget, hidden_size, intermediate_size, num_attention_heads, num_hidden_layers"),
         ("    weight:", "    wieght:",
          "11: parents[1].wieght: unknown key; did you mean 'weight'? "
          "allowed: from, name, revision, train, weight"),
@@ -186,7 +218,7 @@ def test_the_recipe_imports_no_torch() -> None:
         ("epochs: 3", "epochs: 99999999999999999999",
          "15: parents[1].train.epochs: integer too large"),
         ("hidden_size: 0.5", "hidden_size: 1.5", "17: target.hidden_size: not a size; got: 1.5; "
-         "allowed: integer >= 1 or number > 0 and <= 1"),
+         "allowed: integer >= 1 or number > 0 and <= 1 or null"),
         ("num_attention_heads: 4", "num_attention_heads: 5",
          "13: parents[1].train.config.num_attention_heads: does not divide hidden_size 64; got: 5"),
         ("epochs: 3", "epochs: 3\n      shard: 3/2", "16: parents[1].train.shard: not a shard; "
@@ -194,7 +226,7 @@ def test_the_recipe_imports_no_torch() -> None:
         ("name: b", "name: a", "10: parents[1].name: is the name of parents[0] already; got: 'a'"),
         ("name: b", "name: onnx-int8", "10: parents[1].name: is the name of a report row; "
          "got: 'onnx-int8'; allowed: any but fused, finetuned, onnx, onnx-int8, random-start, "
-         "subclone"),
+         "anchor, refit, gauge, ot, vanilla, select, subclone, random-refit"),
         ("from: some/model", "from: ~bob/model", "9: parents[0].from: not a usable path; "
          "got: '~bob/model'; allowed: a path without another user's home (~user)"),
         ("from: some/model", 'from: "a\\0b"', "9: parents[0].from: not a usable text; "
@@ -213,10 +245,53 @@ def test_the_recipe_imports_no_torch() -> None:
          "6: data.label_column: source 'fashion-mnist' takes no label_column; got: 'y'; "
          "allowed: no such key"),
         ("target:", "fuse: {ot: {solver: sinkhorn}}\ntarget:",
-         "16: fuse.ot.solver: has no effect: stream is 'pca'; got: 'sinkhorn'; "
-         "allowed: with stream: ot"),
+         "16: fuse.ot.solver: has no effect here; got: 'sinkhorn'; "
+         "allowed: with method: ot, stream: ot, units: ot or alignment: soft"),
         ("target:", "fuse: {ridge: 0}\ntarget:",
-         "16: fuse.ridge: out of range; got: 0; allowed: number > 0"),
+         "16: fuse.ridge: not a ridge; got: 0; allowed: auto or number > 0"),
+        ("target:", "fuse: {method: ot}\ntarget:",
+         "16: fuse.ot.anchor: missing key: method 'ot' needs it"),
+        ("target:", "fuse: {ot: {residual: none}}\ntarget:",
+         "16: fuse.ot.residual: has no effect here; got: 'none'; allowed: with method: ot"),
+        ("target:", "fuse: {stream: ot, ot: {reg: 0.1}}\ntarget:",
+         "16: fuse.ot.reg: has no effect: solver is 'emd'; got: 0.1; allowed: with another solver"),
+        ("target:", "fuse: {stream: ot, ot: {solver: sinkhorn, mass: 0.5}}\ntarget:",
+         "16: fuse.ot.mass: has no effect: solver is 'sinkhorn'; got: 0.5; allowed: with partial"),
+        ("target:",
+         "fuse: {stream: ot, ot: {solver: sinkhorn, reg: 1, effective_units: 4}}\ntarget:",
+         "16: fuse.ot.effective_units: stands beside 'reg'; got: 4.0; allowed: one of the two"),
+        ("target:", "fuse: {ot: {anchor: {}}}\ntarget:",
+         "16: fuse.ot.anchor: missing key: needs 'from' or 'train'"),
+        ("target:", "fuse: {ot: {tokens: class, window: 3, anchor: {from: x}}}\ntarget:",
+         "16: fuse.ot.window: has no effect; got: 3; allowed: with tokens: window"),
+        ("target:", "fuse: {method: vanilla, ridge: 0.1}\ntarget:",
+         "16: fuse.ridge: has no effect: method is 'vanilla'; got: 0.1; "
+         "allowed: with method: refit or gauge or random-refit"),
+        ("target:", "fuse: {alignment: soft}\ntarget:",
+         "16: fuse.alignment: has no effect: method is 'refit'; got: 'soft'; "
+         "allowed: with method: gauge"),
+        ("target:", "fuse: {parents: [a, c]}\ntarget:",
+         "16: fuse.parents[1]: no such parent; got: 'c'; allowed: a, b"),
+        ("target:", "fuse: {layers: [[0, -1]]}\ntarget:",
+         "16: fuse.layers[0][1]: out of range; got: -1; allowed: integer >= 0"),
+        ("target:", "baselines: [random, randm]\ntarget:",
+         "16: baselines[1]: unknown value; did you mean 'random'? got: 'randm'; "
+         "allowed: refit, gauge, ot, vanilla, select, subclone, random, random-refit"),
+        ("hidden_size: 0.5", "hidden_size: null", "16: target: no size is given; "
+         "allowed: one of hidden_size, num_attention_heads, intermediate_size, num_hidden_layers, "
+         "or budget"),
+        ("hidden_size: 0.5", "budget: {}",
+         "17: target.budget: missing key: needs one of params, flops, latency_ratio"),
+        ("hidden_size: 0.5", "budget: {params: 0.5, flops: 0.5}",
+         "17: target.budget.flops: stands beside 'params'; got: 0.5; allowed: one of them"),
+        ("hidden_size: 0.5", "budget: {latency_ratio: 2}",
+         "17: target.budget.latency_ratio: out of range; got: 2; allowed: number > 0 and <= 1 "
+         "or null"),
+        ("hidden_size: 0.5", "{hidden_size: 9, budget: {params: 0.5}}",
+         "17: target.hidden_size: is fixed here and free in budget; got: 9; "
+         "allowed: one of the two"),
+        ("epochs: 3", "epochs: 3\n      classes: [x, x]",
+         "16: parents[1].train.classes: an item stands twice; allowed: each item once"),
         ("{source: digits}", "{source: imagefolder}",
          "6: data.path: missing key: source 'imagefolder' needs it"),
         ("{source: digits}", "{source: fashion-mnist, path: x, config: y}",
@@ -237,7 +312,7 @@ def test_the_recipe_imports_no_torch() -> None:
         ("target:", "bench: {batch: [1, 8, 1]}\ntarget:",
          "16: bench.batch: an item stands twice; allowed: each item once"),
         ("target:", "fuse:\ntarget:", "16: fuse: wrong type; got: null; "
-         "allowed: a mapping of batch_size, method, ot, ridge, stream, units"),
+         f"allowed: a mapping of {FUSE_KEYS}"),
         ("name: try", "name: !!python/name:os.system x",
          "3: name: tag 'python/name:os.system' is not read"),
         ("name: try", 'name: "\\ud800"', "3: name: text with half a surrogate pair"),
@@ -268,7 +343,7 @@ def test_every_problem_is_reported_at_once_in_the_order_of_lines(problems: Any) 
         ["r.yaml:19", "finetune.ema", "out of range; got"],
         ["r.yaml:19", "finetune.distill.teachers[0]", "no such parent; got"],
         ["r.yaml:20", "name", "key given twice, first at r.yaml:3"],
-        ["--set fuse.ridge=-1", "fuse.ridge", "out of range; got"],
+        ["--set fuse.ridge=-1", "fuse.ridge", "not a ridge; got"],
         ["--set nmae=x", "nmae", "unknown key; did you mean 'name'? allowed"],
     ]
 
@@ -278,7 +353,7 @@ def test_the_error_carries_the_first_problems_place(write: Any) -> None:
     with pytest.raises(InvalidRecipe) as caught:
         load_recipe(path, ["fuse.ridg=1"])
     assert caught.value.where == "--set fuse.ridg=1"
-    assert caught.value.allowed == "batch_size, method, ot, ridge, stream, units"
+    assert caught.value.allowed == FUSE_KEYS
     assert caught.value.exit_code == 2
     assert [problem.meant for problem in caught.value.problems] == ["ridge"]
 
@@ -286,8 +361,7 @@ def test_the_error_carries_the_first_problems_place(write: Any) -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("fuse.ridg=1", "fuse.ridg: unknown key; did you mean 'ridge'? "
-         "allowed: batch_size, method, ot, ridge, stream, units"),
+        ("fuse.ridg=1", f"fuse.ridg: unknown key; did you mean 'ridge'? allowed: {FUSE_KEYS}"),
         ("fues.ridge=1", f"fues: unknown key; did you mean 'fuse'? allowed: {TOP_KEYS}"),
         ("parents.0.wait=1", "parents[0].wait: unknown key; did you mean 'weight'? "
          "allowed: from, name, revision, train, weight"),
@@ -295,7 +369,7 @@ def test_the_error_carries_the_first_problems_place(write: Any) -> None:
         ("parents.a.weight=1", "parents: no such item; got: 'a'; allowed: an index from 0 to 1"),
         ("name.x=1", "name: has no keys of its own; got: 'try'"),
         ("fuse.stream=pac", "fuse.stream: unknown value; did you mean 'pca'? got: 'pac'; "
-         "allowed: pca, select, ot, cluster"),
+         "allowed: pca, gradient-pca, select, ot, cluster"),
         ("finetune.lr=.inf", "finetune.lr: '.inf' is not a finite number"),
         ("finetune.distill={a: 1, a: 2}",
          "finetune.distill.a: key given twice, first at --set finetune.distill={a: 1, a: 2}"),
@@ -388,8 +462,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         lr=FLOATS, weight_decay=FLOATS, warmup=FRACTIONS, augment=augment, batch_size=COUNTS,
         seed=st.integers(0, 2**32 - 1),
     )  # fmt: skip
-    reserved = {"fused", "finetuned", "onnx", "onnx-int8", "random-start"}
-    names = draw(st.lists(SLUGS.filter(lambda s: s not in reserved), min_size=1, unique=True,
+    names = draw(st.lists(SLUGS.filter(lambda s: s not in RESERVED_NAMES), min_size=1, unique=True,
                           max_size=3))  # fmt: skip
     parents = []
     for name in names:
@@ -405,20 +478,37 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     ]))  # fmt: skip
     if data["source"] == "datasets":
         data = data | draw(some(train_split=TEXTS, label_column=TEXTS))
-    target = {"hidden_size": draw(SIZES), **draw(some(num_hidden_layers=SIZES | st.none()))}
+    depth = draw(some(num_hidden_layers=SIZES | st.none()))
+    budget = {"budget": {"params": draw(SIZES)}}
+    target = {**draw(st.sampled_from([{"hidden_size": draw(SIZES)}, budget])), **depth}
     teachers = st.lists(st.sampled_from(names), min_size=1, unique=True)
     gates = st.lists(st.sampled_from([
         {"metric": "accuracy", "max_drop": 0}, {"metric": "latency_p50", "min_speedup": 1.5},
         {"metric": "params", "max_ratio": 1e-7},
     ]))  # fmt: skip
-    transport = st.fixed_dictionaries({"stream": st.just("ot"), "ot": some(reg=FLOATS)})
+    softness = st.fixed_dictionaries({"solver": st.just("sinkhorn")}, optional={"reg": FLOATS})
+    transport = st.fixed_dictionaries({"stream": st.just("ot"), "ot": softness})
+    published = st.fixed_dictionaries({
+        "solver": st.sampled_from(["emd", "partial"]), "cost": st.just("combined"),
+        "anchor": st.sampled_from([
+            {"from": "x"},
+            {"train": {"config": shape, "epochs": 1, "samples": 9, "classes": ["a"]}},
+        ]),
+    })  # fmt: skip
+    methods = transport | st.fixed_dictionaries({"method": st.just("ot"), "ot": published})
+    methods |= st.fixed_dictionaries(
+        {"method": st.just("gauge")}, optional={"refit": st.booleans(), "ridge": FLOATS}
+    )
     rest = some(
-        fuse=some(stream=st.sampled_from(["select", "ot"]), ridge=FLOATS) | transport,
+        fuse=methods | some(
+            stream=st.sampled_from(["select", "ot"]), ridge=FLOATS | st.just("auto"),
+            parents=st.just(names[:1]), layers=st.just([[0, 1], [2]]) | st.none(),
+        ),
         finetune=st.builds(
             dict.__or__, training, some(ema=FRACTIONS.filter(lambda x: 0 < x < 1) | st.none(),
                                         distill=some(teachers=teachers, hardness=FRACTIONS))
         ),
-        baselines=st.permutations(["random", "subclone"]), gates=gates,
+        baselines=st.permutations(["random", "subclone", "random-refit"]), gates=gates,
         export=some(opset=st.integers(18, 24), parity_atol=FLOATS),
         bench=some(threads=st.lists(COUNTS, min_size=1, unique=True)),
         runtime=some(threads=COUNTS | st.none(), precision=st.just("bf16")),
@@ -527,9 +617,12 @@ def test_the_schema_describes_every_key() -> None:
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert undescribed(schema) == []
     parts = objects(schema)
-    assert len(parts) == 17
+    assert len(parts) == len(schema["$defs"]) == 29
+    assert schema["oneOf"] == [{"$ref": "#/$defs/Recipe"}, {"$ref": "#/$defs/NetRecipe"}]
     assert all(part["additionalProperties"] is False and part["description"] for part in parts)
-    assert schema["required"] == ["version", "name", "family", "task", "data", "parents", "target"]
+    needed = ["version", "name", "family", "task", "data", "parents"]
+    assert schema["required"] == needed  # what both kinds need
+    assert schema["$defs"]["Recipe"]["required"] == [*needed, "target"]
     assert schema["$defs"]["Parent"]["required"] == ["name"]
     assert schema["$defs"]["Parent"]["properties"]["from"]["description"].startswith("Local folder")
 

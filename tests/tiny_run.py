@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,10 @@ def write_recipe(path: Path, content: Mapping[str, Any] = RECIPE) -> Path:
     return path
 
 
-def save_parent(folder: Path, *, seed: int = 0, labels: int = 10, **sizes: int) -> Path:
-    """Save a random ViT for digits with its processor."""
+def save_parent(
+    folder: Path, *, seed: int = 0, labels: int | Sequence[str] = 10, **sizes: int
+) -> Path:
+    """Save a random ViT for digits with its processor; labels: names, or so many digits."""
     known = {**SHAPE, "image_size": 8, **sizes}
     config = ViT().new_config(
         Shape(
@@ -79,7 +81,7 @@ def save_parent(folder: Path, *, seed: int = 0, labels: int = 10, **sizes: int) 
             known["num_hidden_layers"],
         ),
         patch_size=known["patch_size"], image_size=known["image_size"],
-        labels=[str(i) for i in range(labels)],
+        labels=[str(i) for i in range(labels)] if isinstance(labels, int) else labels,
     )  # fmt: skip
     torch.manual_seed(seed)
     ViT().build(config).save_pretrained(folder)  # type: ignore[operator]

@@ -1,5 +1,6 @@
 """The pipeline: the only room that reads recipes."""
 
+from slimfuse.pipeline.comparison import Comparison, compare
 from slimfuse.pipeline.run import Run, compress, plan
 
-__all__ = ["Run", "compress", "plan"]
+__all__ = ["Comparison", "Run", "compare", "compress", "plan"]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from slimfuse.errors import CheckFailed
 from slimfuse.onnx import export_onnx
-from slimfuse.pipeline.stages import EVALUATION_BATCH, Stages
+from slimfuse.pipeline.stages import EVALUATION_BATCH, BaseStages
 from slimfuse.progress import track, working
 from slimfuse.store import Stage
 from slimfuse.tasks.image_classification import Pixels, load_processor
@@ -48,7 +48,7 @@ def batch_of(row: str, flops: float) -> int:
 class Deployment:
     """What `Stages` made, as files for onnxruntime; each method returns a finished stage."""
 
-    def __init__(self, stages: Stages) -> None:
+    def __init__(self, stages: BaseStages) -> None:
         self.stages, self.job, self.store = stages, stages.job, stages.store
         self.recipe, self.base = stages.recipe, stages.base
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from math import isinf
 from pathlib import Path
 from typing import Any
 
+from slimfuse.fuse.gauge_maps import Alignment
 from slimfuse.fuse.refit import Fusion
+from slimfuse.fuse.transport import TransportFusion
 
 
-def save_fusion(fusion: Fusion, parents: list[str], folder: Path) -> None:
-    """Write fusion.json: the stream's spectrum, every part's refit error, where units came from."""
+def refitted(fusion: Fusion, parents: list[str]) -> dict[str, Any]:
+    """Return the stream's spectrum, every part's refit error and strength, units' origins."""
     plan = fusion.stream.plan
-    record: dict[str, Any] = {
+    return {
         "parents": parents,
         "agreement": list(fusion.consensus.agreement),
         "energy": fusion.stream.energy.tolist(),
@@ -27,12 +31,53 @@ def save_fusion(fusion: Fusion, parents: list[str], folder: Path) -> None:
             "marginal_error": plan.marginal_error,
             "converged": plan.converged,
         },
+        "segments": [[list(blocks) for blocks in parts] for parts in fusion.segments],
         "stream_errors": list(fusion.stream_errors),
         "parts": [
-            {"layer": p.layer, "part": p.part, "error": p.error, "sources": p.sources}
+            {
+                "layer": p.layer,
+                "part": p.part,
+                "error": p.error,
+                "strength": _plain(p.strength),
+                "left_out": p.left_out,
+                "kept": p.kept,
+                "sources": p.sources,
+            }
             for p in fusion.parts
         ],
     }
+
+
+def averaged(found: Sequence[Alignment], parents: list[str]) -> dict[str, Any]:
+    """Return how well each further parent agrees with the first once it is aligned."""
+    alignment = [
+        {"stream": a.stream, "heads": list(a.heads), "units": list(a.units)} for a in found
+    ]
+    return {"averaged": parents, "alignment": alignment}
+
+
+def transported(fusion: TransportFusion, parents: list[str]) -> dict[str, Any]:
+    """Return what every transport map says of itself, and the shares of the average."""
+    return {
+        "parents": parents,
+        "weights": list(fusion.weights),
+        "maps": [
+            {
+                "parent": m.parent, "name": m.name, "effective_units": m.effective_units,
+                "entropy": m.entropy, "marginal_error": m.marginal_error, "converged": m.converged,
+                "cost": m.cost,
+            }
+            for m in fusion.maps
+        ],
+    }  # fmt: skip
+
+
+def _plain(strength: float | str) -> float | str:
+    return "inf" if isinstance(strength, float) and isinf(strength) else strength
+
+
+def save_fusion(record: dict[str, Any], folder: Path) -> None:
+    """Write fusion.json."""
     (folder / "fusion.json").write_text(json.dumps(record))
 
 

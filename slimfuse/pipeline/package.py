@@ -8,7 +8,8 @@ from pathlib import Path
 from jinja2 import Environment
 
 from slimfuse.errors import CheckFailed
-from slimfuse.pipeline.job import Job
+from slimfuse.pipeline.common import BaseJob
+from slimfuse.pipeline.nets_job import NetJob
 from slimfuse.progress import working
 from slimfuse.stock import verify
 from slimfuse.store import Stage
@@ -16,14 +17,14 @@ from slimfuse.tasks.image_classification import Measured
 
 CARD = """\
 ---
-library_name: transformers
+library_name: {{ library }}
 pipeline_tag: image-classification
 tags: [slimfuse, model-fusion, onnx]
 metrics: [accuracy]
 ---
 # {{ name }}
 
-One {{ model_class }} of {{ shape }}, fused by slimfuse {{ version }} from
+One {{ model }}, fused by slimfuse {{ version }} from
 
 {% for p in parents %}- **{{ p.name }}**: {{ p.shape }}, accuracy {{ p.accuracy }}
 {% endfor %}
@@ -40,19 +41,30 @@ That the INT8 file comes along (it loses no more than {{ decided }}) was decided
 {% endif %}
 
 ```python
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-model = AutoModelForImageClassification.from_pretrained("path/to/this/folder")
-processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
+{{ opening }}
 ```
 
 Latency depends on the machine: measure it there with `slimfuse-export bench path/to/this/folder`.
 The folder is checked with `slimfuse verify` and `slimfuse-export check`.
 """
+STOCK = """\
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained("path/to/this/folder")
+processor = AutoImageProcessor.from_pretrained("path/to/this/folder")"""
+PLAIN = """\
+from onnxruntime import InferenceSession
+from transformers import AutoImageProcessor
+session = InferenceSession("path/to/this/folder/onnx/model.onnx")
+processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
+(logits,) = session.run(["logits"], dict(processor(images=[image], return_tensors="np")))
+
+from slimfuse.nets import load  # or as a torch module
+model = load("path/to/this/folder")"""
 
 
 def build_package(
     folder: Path,
-    job: Job,
+    job: BaseJob,
     finetuned: Stage,
     exported: Stage,
     int8: Stage | None,
@@ -75,7 +87,7 @@ def build_package(
         _prove(folder, job)
 
 
-def _prove(folder: Path, job: Job) -> None:
+def _prove(folder: Path, job: BaseJob) -> None:
     from slimfuse_export import check_folder
 
     failed = [r for r in check_folder(folder, atol=job.recipe.export.parity_atol) if not r.passed]
@@ -88,7 +100,7 @@ def _prove(folder: Path, job: Job) -> None:
 
 
 def model_card(
-    job: Job,
+    job: BaseJob,
     steps: int,
     parents: dict[str, Measured],
     files: dict[str, tuple[Measured, int | None]],
@@ -98,15 +110,17 @@ def model_card(
 
     files: accuracy of each file, and the batch size it was measured at where that matters.
     """
-    family = job.family
+    family, plain = job.family, isinstance(job, NetJob)
+    stock = plain or (job.target.architectures or ["ViTForImageClassification"])[0]
     taught = ", ".join(t.name for t in job.teachers)
     several = len(job.teachers) > 1
     quantize = job.recipe.export.quantize
     template = Environment(autoescape=False, trim_blocks=True).from_string(CARD)  # noqa: S701 - Markdown
     return template.render(
         name=job.recipe.name,
-        model_class=(job.target.architectures or ["ViTForImageClassification"])[0],
-        shape=family.shape(job.target),
+        library="onnx" if plain else "transformers",
+        opening=PLAIN if plain else STOCK,
+        model=family.shape(job.target) if plain else f"{stock} of {family.shape(job.target)}",
         version=version,
         parents=[
             {"name": p.name, "shape": family.shape(p.config), "accuracy": percent(parents[p.name])}

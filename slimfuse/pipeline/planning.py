@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from slimfuse.errors import StorageError
 from slimfuse.finetune.loop import steps_of
+from slimfuse.pipeline.common import BaseJob, ParentJob
 from slimfuse.pipeline.job import Job
+from slimfuse.pipeline.labelling import training_split
+from slimfuse.pipeline.shaping import largest_config
+from slimfuse.shapes import AXES, Proposal
 from slimfuse.store import Store, free_bytes
 from slimfuse.tasks.image_classification import CACHE_BYTES
 
-RUNTIME_BYTES = 800 << 20  # the libraries and their ONNX exporter: 700 MiB measured with toys
+RUNTIME_BYTES = 1000 << 20  # the libraries and their ONNX exporter: 880 MiB measured with toys
 
 
 @dataclass(frozen=True)
@@ -29,31 +34,27 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """Models, and estimates of the peak memory and the disk space in bytes."""
+    """Models, the child last, and estimates of the peak memory and the disk space in bytes.
+
+    proposal: how the child's shape was found, where it had to be; searched: whether a budget or a
+    rounded ratio chose it.
+    """
 
     models: tuple[Planned, ...]
     memory: int
     disk: int
+    proposal: Proposal | None
+    searched: bool
 
 
 def make_plan(job: Job) -> Plan:
     """Return the plan of a job; counts are exact, memory and disk are estimates."""
     family, recipe = job.family, job.recipe
-    models = []
-    for parent in job.parents:
-        steps = 0
-        if parent.train is not None:
-            shards = int(parent.train.shard.split("/")[1])
-            steps = steps_of(
-                len(job.data.train) // shards, parent.train.epochs, parent.train.batch_size
-            )
-        models.append(_planned(job, parent.name, parent.config, steps))
+    needed = (*job.parents, *([job.anchor] if job.anchor and job.moves else []))
+    models = [_planned(job, p.name, p.config, steps_for(job, p)) for p in needed]
     steps = steps_of(len(job.data.train), recipe.finetune.epochs, recipe.finetune.batch_size)
     child = _planned(job, "child", job.target, steps)
     largest = max(m.bytes for m in models)
-    side = job.processor.size
-    pixels = 12 * int(side["height"]) * int(side["width"])
-    cached = sum(min(len(split) * pixels, CACHE_BYTES) for split in (job.data.train, job.data.test))
     samples = min(recipe.data.calibration.samples, len(job.data.train))
     widths = [family.shape(p.config).hidden_size for p in job.parents]
     streams = 4 * samples * _tokens(job) * 2 * sum(widths)
@@ -64,9 +65,22 @@ def make_plan(job: Job) -> Plan:
     fusing = sum(m.bytes for m in models) + child.bytes + streams + moments + rows
     training = 4 * largest + _activations(job)
     exporting = 6 * largest
-    memory = RUNTIME_BYTES + cached + max(fusing, training, exporting)
-    disk = 3 * sum(m.bytes for m in models) + 12 * child.bytes + (8 << 20)
-    return Plan((*models, child), memory, disk)
+    memory = RUNTIME_BYTES + cached_bytes(job) + max(fusing, training, exporting)
+    models.append(child)
+    return Plan(tuple(models), memory, disk_bytes(models), job.proposal, _searched(job))
+
+
+def cached_bytes(job: BaseJob) -> int:
+    """Return the bytes of the images that are kept in memory."""
+    side = job.processor.size
+    pixels = 12 * int(side["height"]) * int(side["width"])
+    return sum(min(len(split) * pixels, CACHE_BYTES) for split in (job.data.train, job.data.test))
+
+
+def disk_bytes(models: Sequence[Planned]) -> int:
+    """Return about how many bytes a run with these models, the child last, writes."""
+    *others, child = models
+    return 3 * sum(m.bytes for m in others) + 12 * child.bytes + (8 << 20)
 
 
 def check_disk(plan: Plan, store: Store, lock: str) -> None:
@@ -94,6 +108,25 @@ def _activations(job: Job) -> int:
         a_token = 24 * shape.hidden_size + 2 * shape.num_attention_heads * tokens  # scores, softmax
         sizes.append(4 * batch * tokens * a_token * shape.num_hidden_layers)
     return max(sizes)
+
+
+def steps_for(job: BaseJob, model: ParentJob) -> int:
+    """Return how many steps a parent or the anchor is trained for."""
+    train = model.train
+    if train is None:
+        return 0
+    return steps_of(len(training_split(train, job.data)), train.epochs, train.batch_size)
+
+
+def _searched(job: Job) -> bool:
+    target, family = job.recipe.target, job.family
+    top = family.shape(largest_config({p.name: p.config for p in job.parents}, family))
+    wished = [(getattr(target, axis), axis) for axis in AXES]
+    return target.budget is not None or any(
+        abs(wish * getattr(top, axis) - getattr(job.proposal.shape, axis)) > 1e-9
+        for wish, axis in wished
+        if isinstance(wish, float)
+    )
 
 
 def _planned(job: Job, name: str, config: object, steps: int) -> Planned:

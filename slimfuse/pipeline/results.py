@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
+from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.fusion_record import load_fusion
-from slimfuse.pipeline.job import Job
+from slimfuse.pipeline.pictures import pictures
 from slimfuse.pipeline.planning import Plan
 from slimfuse.recipe import Gate
-from slimfuse.report import Figure, GateResult, Latency, Picture, Report, Row, Speedup
+from slimfuse.report import Figure, GateResult, Latency, Report, Row, Speedup
 from slimfuse.store import Stage
 from slimfuse.tasks.image_classification import Measured
-
-SMOOTHING = 25  # steps that one point of the loss curve averages
-PART_NAMES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention output",
-              "fc1": "MLP in", "fc2": "MLP out", "classifier": "head"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Measurements:
     """All that a run found out, by row name."""
 
-    job: Job
+    job: BaseJob
     plan: Plan
     command: str
     measured: dict[str, Measured]
     parents: dict[str, tuple[Path, str]]
+    anchor: Path | None
     parity: dict[str, float]
     fused: Stage
     finetuned: Stage
     baselines: dict[str, Stage]
+    starts: dict[str, Measured]
+    control: Stage | None
     exported: Stage
     int8: Stage | None
     int8_dropped: bool
@@ -61,12 +59,19 @@ def make_report(m: Measurements) -> Report:
         name=m.job.recipe.name,
         recipe_path=str(m.job.path) if not m.job.path.is_absolute() else m.job.path.name,
         command=m.command,
-        summary=f"{len(m.parents)} parent{'s' * (len(m.parents) > 1)} on {m.job.data.name}, "
-        f"fused into one model {child.shape}",
+        summary=f"{_fused(m.job)} on {m.job.data.name}, fused into one model {child.shape}",
         rows=rows,
         speedups=speedups,
         gates=tuple(_gate(gate, m, speedups) for gate in m.job.recipe.gates),
-        pictures=tuple(_pictures(m)),
+        pictures=tuple(
+            pictures(
+                m.job,
+                m.fused,
+                {"fused start": m.finetuned, **m.baselines},
+                best_parent(m),
+                m.scores,
+            )
+        ),
         settings=m.lock,
         environment=bench["environment"] | {
             "torch threads": str(m.job.threads), "training precision": m.job.precision,
@@ -74,6 +79,16 @@ def make_report(m: Measurements) -> Report:
         timings=m.timings,
         warnings=tuple(_warnings(m, bench["latencies"])),
     )  # fmt: skip
+
+
+def _fused(job: BaseJob) -> str:
+    used, count = len(job.fused), len(job.parents)
+    return f"{used}{f' of {count}' * (used < count)} parent{'s' * (count > 1)}"
+
+
+def best_parent(m: Measurements) -> str:
+    """Return the name of the parent with the best accuracy."""
+    return max(m.parents, key=lambda name: m.measured[name].value)
 
 
 def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
@@ -98,6 +113,12 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
             Row(name, "parent", figures(name), p.params, p.flops, _size(folder), timed(name),
                 m.parity[name], "latency of its ONNX file")
         )  # fmt: skip
+    if m.anchor is not None:
+        p = shapes["anchor"]
+        rows.append(
+            Row("anchor", "baseline", figures("anchor"), p.params, p.flops, _size(m.anchor),
+                note="the trained narrow model that method ot moves the parents to")
+        )  # fmt: skip
     for name in ("fused", "finetuned"):
         stage = m.fused if name == "fused" else m.finetuned
         rows.append(
@@ -119,10 +140,17 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
             Row("onnx-int8", "onnx-int8", figures("onnx-int8"), child.params, child.flops,
                 file.stat().st_size, timed("onnx-int8"), note=note)
         )  # fmt: skip
+    if m.control is not None and "random-refit" not in m.baselines:
+        rows.append(
+            Row("random-refit", "baseline", figures("random-refit"), child.params, child.flops,
+                _size(m.control.path),
+                note="control, no training: what the same refit makes of a random model")
+        )  # fmt: skip
     for name, stage in m.baselines.items():
+        begun = f"{m.starts[name].value:.2%} before it; " if name in m.starts else ""
         rows.append(
             Row(name, "baseline", figures(name), child.params, child.flops, _size(stage.path),
-                note="same finetuning budget and teachers")
+                note=f"{begun}same finetuning budget and teachers")
         )  # fmt: skip
     return rows
 
@@ -132,7 +160,7 @@ def _size(folder: Path) -> int:
 
 
 def _gate(gate: Gate, m: Measurements, speedups: tuple[Speedup, ...]) -> GateResult:
-    best = max(m.parents, key=lambda name: m.measured[name].value)
+    best = best_parent(m)
     if gate.metric == "accuracy":
         drop = m.measured[best].value - m.measured["onnx"].value
         return GateResult(
@@ -174,197 +202,20 @@ def _warnings(m: Measurements, latencies: list[dict[str, Any]]) -> list[str]:
             "(decided on the test set)"
         )
     samples = min(m.job.recipe.data.calibration.samples, len(m.job.data.train))
-    width = m.job.family.shape(m.job.target).hidden_size
+    refits = m.job.recipe.fuse.method == "refit"
+    width = m.job.family.shape(m.job.target).hidden_size if refits else 0
     if samples < 2 * width:
         out.append(
             f"only {samples} calibration samples for a width of {width}: the head's refit leans "
             "on its prior"
         )
-    plan = load_fusion(m.fused.path)["plan"]
-    if plan is not None and not plan["converged"]:
-        sinkhorn = m.job.recipe.fuse.ot.solver == "sinkhorn"
-        hint = ": raise fuse.ot.reg" if sinkhorn else ""
-        out.append(f"the transport plan of the stream did not converge{hint}")
-    return out
-
-
-def _pictures(m: Measurements) -> list[Picture]:
     fusion = load_fusion(m.fused.path)
-    return [
-        *_stream_pictures(m, fusion), *_part_pictures(fusion), *_training_pictures(m),
-        *_error_pictures(m),
-    ]  # fmt: skip
-
-
-def _stream_pictures(m: Measurements, fusion: dict[str, Any]) -> list[Picture]:
-    energy = np.cumsum(fusion["energy"])
-    width = m.job.family.shape(m.job.target).hidden_size
-    kept = float(fusion["kept"])
-    method = m.job.recipe.fuse.stream
-    pictures = [
-        Picture(
-            "Energy of the residual stream",
-            f"The {method} map to {width} channels keeps {kept:.1%} of the parents' common stream; "
-            f"{_width_for(energy, 0.99)} directions hold 99 %. Measured on the calibration images.",
-            f"Cumulative share of energy over directions, reaching 99 % at "
-            f"{_width_for(energy, 0.99)} of {len(energy)}.",
-            "lines",
-            {
-                "series": {
-                    "best possible": {"x": list(range(1, len(energy) + 1)), "y": energy.tolist()},
-                    f"target width {width}": {"x": [width, width], "y": [0.0, 1.0]},
-                },
-                "xlabel": "directions", "ylabel": "share of energy",
-            },
-            "stream",
-        ),
-        Picture(
-            "How the target's channels mix the parents' channels",
-            "Each row is one target channel; a single bright cell is a kept channel, "
-            "a spread row a mixture.",
-            f"Heat map of the stream map, {width} rows by {len(energy)} columns.",
-            "heatmap",
-            {"matrix": np.abs(np.asarray(fusion["encode"])).tolist(),
-             "xlabel": f"channel of {fusion['parents'][0]}", "ylabel": "target channel"},
-            "stream",
-        ),
-    ]  # fmt: skip
-    if fusion["plan"] is not None:
-        plan = fusion["plan"]
-        pictures.append(
-            Picture(
-                "Transport plan of the stream",
-                f"{plan['effective_units']:.1f} parent channels go into a target channel on "
-                "average.",
-                f"Heat map of the plan, {len(plan['plan'])} by {width}.",
-                "heatmap",
-                {"matrix": plan["plan"], "xlabel": "target channel", "ylabel": "parent channel"},
-                "stream",
-            )
-        )
-    if len(fusion["parents"]) > 1:
-        pictures.append(
-            Picture(
-                "How much of the first parent's stream each parent explains",
-                "Parents that explain little have streams of their own: more of them is lost. "
-                "Measured on the calibration images.",
-                "; ".join(
-                    f"{n} {a:.0%}"
-                    for n, a in zip(fusion["parents"], fusion["agreement"], strict=True)
-                ),
-                "bars",
-                {"labels": fusion["parents"], "values": fusion["agreement"],
-                 "ylabel": "share of energy"},
-                "stream",
-            )
-        )  # fmt: skip
-    return pictures
-
-
-def _width_for(energy: np.ndarray[Any, Any], share: float) -> int:
-    return int(np.searchsorted(energy, share)) + 1
-
-
-def _part_pictures(fusion: dict[str, Any]) -> list[Picture]:
-    layers = sorted({p["layer"] for p in fusion["parts"]})
-    series: dict[str, dict[str, list[float]]] = {}
-    for part in fusion["parts"]:
-        line = series.setdefault(PART_NAMES.get(part["part"], part["part"]), {"x": [], "y": []})
-        line["x"].append(part["layer"])
-        line["y"].append(part["error"])
-    worst = max(fusion["parts"], key=lambda p: p["error"])
-    errors = fusion["stream_errors"]
-    parents = fusion["parents"]
-    masses: dict[str, dict[str, list[float]]] = {}
-    for kind, label in (("q_proj", "heads"), ("fc1", "MLP units")):
-        for part in fusion["parts"]:
-            if part["part"] == kind:
-                counts = Counter(name for name, _ in part["sources"])
-                for name in parents:
-                    line = masses.setdefault(f"{label} from {name}", {"x": [], "y": []})
-                    line["x"].append(part["layer"])
-                    line["y"].append(counts[name] / len(part["sources"]))
-    pictures = [
-        Picture(
-            "What each refitted part misses",
-            f"Largest: {PART_NAMES.get(worst['part'], worst['part'])} of layer {worst['layer']}, "
-            f"{worst['error']:.1%} of its goal's variance. Measured on the calibration images.",
-            f"Refit error over {len(layers)} layers, one line a part.",
-            "lines",
-            {"series": {k: v for k, v in series.items() if len(v["x"]) > 1},
-             "xlabel": "layer", "ylabel": "share of variance missed"},
-            "refit",
-        ),
-        Picture(
-            "Error of the stream with depth",
-            f"The narrow stream ends {errors[-1]:.1%} off the parents' common one; a rising line "
-            "would mean that errors pile up. Measured on the calibration images.",
-            "Line of the stream's error after each attention and MLP.",
-            "lines",
-            {"series": {"stream": {"x": list(range(1, len(errors) + 1)), "y": errors}},
-             "xlabel": "sublayer", "ylabel": "share of variance missed"},
-            "refit",
-        ),
-    ]  # fmt: skip
-    if len(parents) > 1:
-        pictures.append(
-            Picture(
-                "Where the target's heads and MLP units come from",
-                "A parent whose lines stay near 0 gave little to the fused model.",
-                "Share of heads and of MLP units taken from each parent, by layer.",
-                "lines",
-                {"series": masses, "xlabel": "layer", "ylabel": "share of units"},
-                "refit",
-            )
-        )
-    return pictures
-
-
-def _training_pictures(m: Measurements) -> list[Picture]:
-    series = {}
-    for name, stage in {"fused start": m.finetuned, **m.baselines}.items():
-        losses = np.asarray(json.loads((stage.path / "losses.json").read_text()))
-        window = max(1, min(SMOOTHING, len(losses) // 10))
-        count = len(losses) // window
-        if count:
-            means = losses[: count * window].reshape(count, window).mean(axis=1)
-            steps = (np.arange(count) + 1) * window
-            series[name] = {"x": steps.tolist(), "y": means.tolist()}
-    if not series:
-        return []
-    return [
-        Picture(
-            "Loss while finetuning",
-            "The same steps, data and teachers; only the start differs.",
-            f"Falling curves of {', '.join(series)}.",
-            "lines",
-            {"series": series, "xlabel": "step", "ylabel": "distillation loss"},
-            "finetuning",
-        )
-    ]
-
-
-def _error_pictures(m: Measurements) -> list[Picture]:
-    best = max(m.parents, key=lambda name: m.measured[name].value)
-    labels, classes = m.job.data.test.labels, m.job.data.classes
-    if len(classes) > 40:
-        return []
-
-    def per_class(name: str) -> np.ndarray[Any, Any]:
-        right = m.scores[name].argmax(1).numpy() == labels
-        return np.array(
-            [right[labels == c].mean() if (labels == c).any() else 0.0 for c in range(len(classes))]
-        )
-
-    change = per_class("finetuned") - per_class(best)
-    worst = int(change.argmin())
-    return [
-        Picture(
-            f"Accuracy by class: the child against parent {best}",
-            f"It changes most for the worse in {classes[worst]!r}: {change[worst]:+.1%}.",
-            "; ".join(f"{c} {d:+.1%}" for c, d in zip(classes, change, strict=True)),
-            "bars",
-            {"labels": list(classes), "values": change.tolist(), "ylabel": "change of accuracy"},
-            "errors",
-        )
-    ]
+    plan, maps = fusion.get("plan"), fusion.get("maps", [])
+    soft = m.job.recipe.fuse.ot.solver in ("sinkhorn", "unbalanced")
+    hint = ": raise fuse.ot.reg or effective_units" if soft else ""
+    if plan is not None and not plan["converged"]:
+        out.append(f"the transport plan of the stream did not converge{hint}")
+    loose = sum(not one["converged"] for one in maps)
+    if loose:
+        out.append(f"{loose} of {len(maps)} transport maps did not converge{hint}")
+    return out

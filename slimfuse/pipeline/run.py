@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,21 @@ from ruamel.yaml import YAML
 
 from slimfuse import __version__
 from slimfuse.errors import UserError
+from slimfuse.families import Shape
 from slimfuse.finetune.loop import steps_of
+from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.deployment import Deployment, batch_of
 from slimfuse.pipeline.job import Job, prepare
+from slimfuse.pipeline.nets_job import NetJob, prepare_nets
+from slimfuse.pipeline.nets_planning import plan_nets
+from slimfuse.pipeline.nets_stages import NetStages
 from slimfuse.pipeline.package import build_package, model_card
 from slimfuse.pipeline.planning import Plan, check_disk, make_plan
 from slimfuse.pipeline.results import Measurements, make_report
-from slimfuse.pipeline.stages import LIBRARIES, Stages
+from slimfuse.pipeline.shaping import pinned
+from slimfuse.pipeline.stages import METHOD_OF, BaseStages, Stages
 from slimfuse.progress import console, working
-from slimfuse.recipe import Located, load_located
+from slimfuse.recipe import Located, NetRecipe, Recipe, load_located
 from slimfuse.report import Report, render_html, to_json
 from slimfuse.store import LOCK, RESULTS, Store, write_text
 from slimfuse.tasks.image_classification import Measured
@@ -47,16 +53,48 @@ def plan(recipe: str | Path, *, overrides: tuple[str, ...] = ()) -> Plan:
     """Return what `compress` would make of a recipe, and what it needs, before any work."""
     quiet()
     path = Path(recipe)
-    return make_plan(_prepared(load_located(path, overrides), path))
+    return _planned(_prepared(load_located(path, overrides), path))
 
 
-def _prepared(loaded: Located, path: Path) -> Job:
+def prepare_again(recipe: Recipe, path: Path, store: Store) -> Job:
+    """Return the job of a recipe, with the shape of the run that stands in the store.
+
+    So a run with a latency budget goes on: a latency is never the same twice.
+    """
+    file = store.root / LOCK
+    if recipe.target.budget is None or recipe.target.budget.latency_ratio is None:
+        return prepare(recipe, path)
+    lock = YAML(typ="safe").load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if lock is None or lock["recipe"] != _without_machine_paths(recipe.to_lock()):
+        return prepare(recipe, path)
+    shape = Shape(**lock["resolved"]["target"])
+    return replace(prepare(pinned(recipe, shape), path), recipe=recipe)
+
+
+def _prepared(loaded: Located, path: Path, store: Store | None = None) -> BaseJob:
     """Return the job of a recipe; an error about one of its keys tells the key's line."""
+    recipe = loaded.recipe
     try:
-        return prepare(loaded.recipe, path)
+        if isinstance(recipe, NetRecipe):
+            return prepare_nets(recipe, path)
+        return prepare(recipe, path) if store is None else prepare_again(recipe, path, store)
     except UserError as error:
         error.where = loaded.locate(error.where)
         raise
+
+
+def _planned(job: BaseJob) -> Plan:
+    if isinstance(job, NetJob):
+        return plan_nets(job)
+    assert isinstance(job, Job)
+    return make_plan(job)
+
+
+def _stages(job: BaseJob, store: Store) -> BaseStages:
+    if isinstance(job, NetJob):
+        return NetStages(job, store)
+    assert isinstance(job, Job)
+    return Stages(job, store)
 
 
 def compress(
@@ -76,8 +114,8 @@ def compress(
     loaded = load_located(path, overrides)
     store = Store(Path(out) if out is not None else Path("runs") / loaded.recipe.name)
     store.check_ours()
-    job = _prepared(loaded, path)
-    planned = make_plan(job)
+    job = _prepared(loaded, path, store)
+    planned = _planned(job)
     lock = lock_text(job)
     check_disk(planned, store, lock)
     torch.set_num_threads(job.threads)
@@ -86,8 +124,12 @@ def compress(
         return _run(job, store, planned, _command(path, overrides, out))
 
 
-def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
-    stages = Stages(job, store)
+CONTROL = "random-refit"
+"""The control that stands beside every refit's one-shot figure."""
+
+
+def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
+    stages = _stages(job, store)
     deployment = Deployment(stages)
     say = _teller()
     measured: dict[str, Measured] = {}
@@ -98,17 +140,32 @@ def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
         measured[parent.name] = stages.accuracy(stages.outputs(parent).test)
         say(f"parent {parent.name}", measured[parent.name])
 
+    anchor = None
+    if job.anchor is not None and job.moves:
+        anchor, _ = stages.parent(job.anchor)
+        measured["anchor"] = stages.accuracy(stages.outputs(job.anchor).test)
+        say("anchor", measured["anchor"])
+
     fused = stages.start("fused")
     measured["fused"] = stages.accuracy(stages.scores(fused))
     say("fused, before any training", measured["fused"])
 
+    control = None
+    refits = job.recipe.fuse.method in ("refit", "gauge")
+    if isinstance(stages, Stages) and refits and CONTROL not in job.recipe.baselines:
+        control = stages.start(CONTROL)
+        measured[CONTROL] = stages.accuracy(stages.scores(control))
+        say("control: a random model with the same refit", measured[CONTROL])
+
     finetuned = stages.finetune("fused")
     measured["finetuned"] = stages.accuracy(stages.scores(finetuned))
     say("finetuned", measured["finetuned"])
-    baselines = {}
+    baselines, starts = {}, {}
     for kind in job.recipe.baselines:
-        name = BASELINES[kind]
+        name = row_of(kind)
         baselines[name] = stages.finetune(name)
+        if isinstance(stages, NetStages):  # their methods are made for no training at all
+            starts[name] = stages.accuracy(stages.scores(stages.start(name)))
         measured[name] = stages.accuracy(stages.scores(baselines[name]))
         say(f"baseline {name}", measured[name])
 
@@ -161,9 +218,10 @@ def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
     report = make_report(
         Measurements(
             job=job, plan=planned, command=command, measured=measured, parents=parents,
-            parity={**parent_parity, "onnx": parity}, fused=fused, finetuned=finetuned,
-            baselines=baselines, exported=exported, int8=int8, int8_dropped=int8 is not shipped,
-            latency=latency, lock=lock_of(job), timings=store.timings(), batches=batches,
+            anchor=anchor, parity={**parent_parity, "onnx": parity}, fused=fused,
+            control=control, finetuned=finetuned, baselines=baselines, starts=starts,
+            exported=exported, int8=int8, int8_dropped=int8 is not shipped, latency=latency, lock=lock_of(job),
+            timings=store.timings(), batches=batches,
             scores={name: stages.outputs(p).test for name, p in _named(job).items()}
             | {"finetuned": stages.scores(finetuned)},
         )
@@ -178,7 +236,9 @@ def _run(job: Job, store: Store, planned: Plan, command: str) -> Run:
     return Run(store.root, model, report)
 
 
-BASELINES = {"random": "random-start", "subclone": "subclone"}
+def row_of(method: str) -> str:
+    """Return the name of a baseline's row."""
+    return next((row for row, m in METHOD_OF.items() if m == method), method)
 
 
 def write_lock(text: str, store: Store) -> None:
@@ -190,7 +250,7 @@ def write_lock(text: str, store: Store) -> None:
         write_text(path, text)
 
 
-def lock_text(job: Job) -> str:
+def lock_text(job: BaseJob) -> str:
     """Return what recipe.lock.yaml holds."""
     import io
 
@@ -201,7 +261,7 @@ def lock_text(job: Job) -> str:
     return text.getvalue()
 
 
-def lock_of(job: Job) -> dict[str, Any]:
+def lock_of(job: BaseJob) -> dict[str, Any]:
     """Return everything a run depends on: the full recipe, versions, digests of the inputs."""
     return {
         "slimfuse": __version__,
@@ -213,29 +273,37 @@ def lock_of(job: Job) -> dict[str, Any]:
         },
         "versions": {
             "python": ".".join(map(str, sys.version_info[:3])),
-            **{name: version(name) for name in (*LIBRARIES, "onnxruntime")},
+            **{name: version(name) for name in (*job.libraries, "onnxruntime")},
         },
         "sha256": {
             "data": job.data.fingerprint,
-            "parents": {p.name: p.sha256 for p in job.parents if p.sha256 is not None},
+            "parents": {
+                p.name: p.sha256
+                for p in (*job.parents, job.anchor)
+                if p is not None and p.sha256 is not None
+            },
         },
     }
 
 
 def _without_machine_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     """Keep the last name of absolute paths: what they hold is known by its sha256."""
-    for place, key in [(recipe["data"], "path"), *((p, "from") for p in recipe["parents"])]:
+    places = [(recipe["data"], "path"), *((p, "from") for p in recipe["parents"])]
+    anchor = recipe["fuse"].get("anchor") or recipe["fuse"]["ot"].get("anchor")
+    if anchor is not None:
+        places.append((anchor, "from"))
+    for place, key in places:
         path = Path(place[key] or "")
         if path.is_absolute() or path.parts[:1] == ("~",):
             place[key] = f"…/{path.name}"
     return recipe
 
 
-def _shape_keys(job: Job) -> list[str]:
+def _shape_keys(job: BaseJob) -> list[str]:
     return list(job.family.shape(job.target).__dataclass_fields__)
 
 
-def _named(job: Job) -> dict[str, Any]:
+def _named(job: BaseJob) -> dict[str, Any]:
     return {p.name: p for p in job.parents}
 
 
@@ -265,4 +333,6 @@ def quiet() -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
-__all__ = ["Run", "compress", "lock_of", "lock_text", "plan", "quiet", "write_lock"]
+__all__ = [
+    "Run", "compress", "lock_of", "lock_text", "plan", "prepare_again", "quiet", "write_lock",
+]  # fmt: skip

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slimfuse import __version__
-from slimfuse.finetune.distill import distillation_loss, labels_loss, soft_targets
+from slimfuse.finetune.distill import distillation_loss, labels_loss
 from slimfuse.finetune.loop import Schedule, fit, steps_of
-from slimfuse.fuse.baselines import subclone
-from slimfuse.fuse.refit import Settings, refit
 from slimfuse.fuse.union import Parent
+from slimfuse.pipeline.common import BaseJob, ParentJob
 from slimfuse.pipeline.fusion_record import save_fusion
-from slimfuse.pipeline.job import Job, ParentJob
-from slimfuse.recipe import Train
+from slimfuse.pipeline.job import Job
+from slimfuse.pipeline.labelling import training_split
+from slimfuse.pipeline.starts import METHODS, Ingredients
+from slimfuse.pipeline.teaching import Teaching, spread
+from slimfuse.recipe import Training
 from slimfuse.store import CHECKPOINT, KEY_LENGTH, Stage, Store, digest
 from slimfuse.tasks.image_classification import (
     Measured,
@@ -32,10 +35,8 @@ from slimfuse.tasks.image_classification import (
 )
 
 EVALUATION_BATCH = 256
-LIBRARIES = (
-    "torch", "transformers", "accelerate", "safetensors", "numpy", "pillow", "POT", "scikit-learn",
-)  # fmt: skip
-"""What computes the stages: their versions are part of each address and of the lock."""
+METHOD_OF = {"random-start": "random"}
+"""Methods of rows whose name isn't their method's."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,17 @@ class Outputs:
     train: Tensor | None
 
 
-class Stages:
+class BaseStages(ABC):
     """The stages of one job; each method returns a finished stage, building it if need be."""
 
-    def __init__(self, job: Job, store: Store) -> None:
+    def __init__(self, job: BaseJob, store: Store, shared: dict[str, Pixels] | None = None) -> None:
+        """Take a job and its store; shared: prepared splits of another job on the same data."""
         self.job, self.store, self.recipe = job, store, job.recipe
-        self._pixels: dict[str, Pixels] = {}
-        self.base = {
+        self.shared: dict[str, Pixels] = {} if shared is None else shared
+        self.teaching = Teaching(self)
+        self.base: dict[str, Any] = {
             "slimfuse": __version__,
-            "versions": {name: version(name) for name in LIBRARIES},
+            "versions": {name: version(name) for name in job.libraries},
             "threads": job.threads,
             "processor": _plain(job.processor.to_dict()),
             "data": job.data.fingerprint,
@@ -67,27 +70,29 @@ class Stages:
     def parent(self, parent: ParentJob) -> tuple[Path, str]:
         """Return a parent's folder and what its content is known by, training it if asked."""
         if parent.folder is not None:
-            content = {"weights": parent.sha256, "config": _config(parent.config)}
+            content = {"weights": parent.sha256, "config": config_values(parent.config)}
             return parent.folder, digest(content)[:KEY_LENGTH]
         assert parent.train is not None
         inputs = self.base | {
-            "config": _config(parent.config),
+            "config": config_values(parent.config),
             "train": parent.train.model_dump(mode="json"),
             "precision": self.job.precision,
         }
         train = parent.train
-        stage = self.store.stage(
-            f"parent-{parent.name}", inputs, lambda folder: self._train(folder, parent, train)
-        )
+
+        def build(folder: Path) -> None:
+            torch.manual_seed(train.seed)
+            model = self.job.family.build(parent.config, attention="eager")
+            self.train(model, train, folder, parent)
+
+        stage = self.store.stage(f"parent-{parent.name}", inputs, build)
         return stage.path, stage.key
 
-    def _train(self, folder: Path, parent: ParentJob, train: Train) -> None:
-        torch.manual_seed(train.seed)
-        model = self.job.family.build(parent.config, attention="eager")
-        index, count = (int(n) for n in train.shard.split("/"))
-        pixels = Pixels(self.job.data.train.shard(index, count), self.job.processor)
-        if count == 1:
-            pixels = self.pixels("train")
+    def train(self, model: nn.Module, train: Training, folder: Path, parent: ParentJob) -> None:
+        """Train a parent's model on labels and save it."""
+        split = training_split(train, self.job.data)
+        whole = split is self.job.data.train
+        pixels = self.pixels("train") if whole else Pixels(split, self.job.processor)
         fit(
             model,
             labels_loss(_batches(pixels, train.augment), pixels.labels, train.label_smoothing),
@@ -98,14 +103,14 @@ class Stages:
             ),
             precision=self.job.precision,
             checkpoint=folder / CHECKPOINT,
-            what=f"training parent {parent.name}",
+            what=f"training {'' if parent is self.job.anchor else 'parent '}{parent.name}",
         )  # fmt: skip
-        self._save(model, folder)
+        self.save(model, folder)
 
     def outputs(self, parent: ParentJob) -> Outputs:
-        """Return a parent's logits."""
+        """Return a parent's logits: on the test set over all classes, else over its own."""
         path, key = self.parent(parent)
-        teaches = self._cached_teaching and parent in self.job.teachers
+        teaches = self.teaching.cached and parent in self.job.teachers
 
         def build(folder: Path) -> None:
             model = self.job.family.load(path)
@@ -118,55 +123,18 @@ class Stages:
             f"outputs-{parent.name}", self.base | {"parent": key, "train": teaches}, build
         )
         loaded = load_file(stage.path / "logits.safetensors")
-        return Outputs(stage, loaded["test"], loaded.get("train"))
+        test = spread(loaded["test"], parent.places, len(self.job.data.classes))
+        return Outputs(stage, test, loaded.get("train"))
 
     # -- the child --------------------------------------------------------------------------
 
+    @abstractmethod
     def start(self, kind: str) -> Stage:
-        """Return the model that finetuning starts from: `fused`, `random-start` or `subclone`."""
-        parents = [(p, *self.parent(p)) for p in self.job.parents]
-        fuse, calibration = self.recipe.fuse, self.recipe.data.calibration
-        inputs: dict[str, Any] = self.base | {"target": _config(self.job.target), "kind": kind}
-        if kind == "fused":
-            inputs |= {
-                "fuse": fuse.model_dump(mode="json"),
-                "calibration": calibration.model_dump(mode="json"),
-            }
-        if kind != "random-start":
-            inputs["parents"] = [[p.name, p.weight, key] for p, _, key in parents]
-        inputs["seed"] = self.recipe.runtime.seed
+        """Return the model that finetuning starts from: `fused`, or a baseline by its row name."""
 
-        def build(folder: Path) -> None:
-            torch.manual_seed(self.recipe.runtime.seed)
-            model = self.job.family.build(self.job.target)
-            if kind == "subclone":
-                _, anchor, _ = parents[0]  # a choice by test accuracy would look at the test set
-                subclone(self.job.family.load(anchor), model, self.job.family)
-            elif kind == "fused":
-                loaded = [Parent(p.name, self.job.family.load(f), p.weight) for p, f, _ in parents]
-                samples = self.job.data.train.sample(calibration.samples, calibration.seed)
-                pixels = Pixels(samples, self.job.processor)
-                chunks = [
-                    torch.arange(i, min(i + fuse.batch_size, len(pixels)))
-                    for i in range(0, len(pixels), fuse.batch_size)
-                ]
-                fusion = refit(
-                    loaded,
-                    model,
-                    self.job.family,
-                    lambda: (pixels[chunk] for chunk in chunks),
-                    Settings(
-                        stream=fuse.stream,
-                        units=fuse.units,
-                        ridge=fuse.ridge,
-                        reg=fuse.ot.reg if fuse.ot.solver == "sinkhorn" else None,
-                    ),
-                    n_batches=len(chunks),
-                )
-                save_fusion(fusion, [p.name for p in loaded], folder)
-            self._save(model, folder)
-
-        return self.store.stage(kind, inputs, build)
+    def method(self, kind: str) -> str:
+        """Return the method that makes a start."""
+        return self.recipe.fuse.method if kind == "fused" else METHOD_OF.get(kind, kind)
 
     def finetune(self, kind: str) -> Stage:
         """Return the model that finetuning with distillation makes of a start."""
@@ -187,7 +155,7 @@ class Stages:
                 distillation_loss(
                     _batches(pixels, spec.augment),
                     pixels.labels,
-                    self._teaching(),
+                    self.teaching.targets(),
                     temperature=spec.distill.temperature,
                     hardness=spec.distill.hardness,
                 ),
@@ -197,7 +165,7 @@ class Stages:
                 checkpoint=folder / CHECKPOINT,
                 what=f"finetuning {'the child' if kind == 'fused' else kind}",
             )
-            self._save(model, folder)
+            self.save(model, folder)
             (folder / "losses.json").write_text(json.dumps(losses))
 
         name = "finetuned" if kind == "fused" else f"finetuned-{kind}"
@@ -211,29 +179,6 @@ class Stages:
             steps_of(len(self.job.data.train), spec.epochs, spec.batch_size), spec.batch_size,
             spec.lr, spec.weight_decay, spec.warmup, spec.ema, spec.seed,
         )  # fmt: skip
-
-    @property
-    def _cached_teaching(self) -> bool:
-        """Whether the teachers' outputs can be kept: the images are the same in every epoch."""
-        return not self.recipe.finetune.augment and self.recipe.finetune.epochs > 0
-
-    def _teaching(self) -> Callable[[Tensor, Tensor], Tensor]:
-        temperature = self.recipe.finetune.distill.temperature
-        weights = [t.weight for t in self.job.teachers]
-        if self._cached_teaching:
-            kept = [self.outputs(t).train for t in self.job.teachers]
-            soft = soft_targets([k for k in kept if k is not None], weights, temperature)
-            return lambda indices, _inputs: soft[indices]
-        models = [
-            self.job.family.load(self.parent(t)[0], attention="eager") for t in self.job.teachers
-        ]
-
-        def ask(_indices: Tensor, inputs: Tensor) -> Tensor:
-            with torch.no_grad():
-                scores = [m(pixel_values=inputs).logits for m in models]
-            return soft_targets(scores, weights, temperature)
-
-        return ask
 
     def scores(self, stage: Stage) -> Tensor:
         """Return the test logits of a stage's model, through torch."""
@@ -250,9 +195,15 @@ class Stages:
 
     def pixels(self, part: str) -> Pixels:
         """Return a split seen through the processor, prepared once a run."""
-        if part not in self._pixels:
-            self._pixels[part] = Pixels(getattr(self.job.data, part), self.job.processor)
-        return self._pixels[part]
+        if part not in self.shared:
+            self.shared[part] = Pixels(getattr(self.job.data, part), self.job.processor)
+        return self.shared[part]
+
+    def calibration(self) -> tuple[Pixels, tuple[Tensor, ...]]:
+        """Return the calibration images, and their indices in batches."""
+        spec = self.recipe.data.calibration
+        pixels = Pixels(self.job.data.train.sample(spec.samples, spec.seed), self.job.processor)
+        return pixels, torch.arange(len(pixels)).split(self.recipe.fuse.batch_size)
 
     def score(self, model: nn.Module, part: str, what: str) -> Tensor:
         """Return a model's logits on a split."""
@@ -262,17 +213,67 @@ class Stages:
         """Return the accuracy of test logits."""
         return accuracy(scores, self.job.data.test.labels)
 
-    def _save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write a model and its image processor."""
         model.save_pretrained(folder)  # type: ignore[operator]
         self.job.processor.save_pretrained(folder)
+
+
+class Stages(BaseStages):
+    """The stages of a job of a declared family."""
+
+    job: Job
+
+    def start(self, kind: str) -> Stage:
+        """Return the model that finetuning starts from: `fused`, or a baseline by its row name."""
+        method, recipe = self.method(kind), self.job.recipe
+        parents = [(p, *self.parent(p)) for p in self.job.by_width]
+        anchor = self.parent(self.job.anchor) if method == "ot" and self.job.anchor else None
+        fuse = recipe.fuse.model_copy(update={"method": method})
+        calibration = recipe.data.calibration
+        inputs = self.base | {"target": config_values(self.job.target), "method": method}
+        if method in ("refit", "gauge", "ot", "select", "random-refit"):
+            inputs |= {
+                "fuse": fuse.model_dump(mode="json", exclude={"ot": {"anchor"}}),
+                "calibration": calibration.model_dump(mode="json"),
+                "anchor": anchor and anchor[1],
+            }
+        if method != "random":
+            inputs["parents"] = [[p.name, p.weight, key, p.places] for p, _, key in parents]
+        inputs["seed"] = recipe.runtime.seed
+
+        def build(folder: Path) -> None:
+            torch.manual_seed(recipe.runtime.seed)
+            family = self.job.family
+            model = family.build(self.job.target)
+            loaded = [Parent(p.name, family.load(f), p.weight) for p, f, _ in parents]
+            pixels, chunks = self.calibration()
+            jobs = [p for p, _, _ in parents]
+            given = Ingredients(
+                parents=loaded,
+                target=model,
+                family=family,
+                batches=lambda: (pixels[chunk] for chunk in chunks),
+                n_batches=len(chunks),
+                fuse=fuse,
+                anchor=lambda: family.load(anchor[0] if anchor else ""),
+                goals=self.teaching.goals(jobs, [q.model for q in loaded]),
+            )
+            record = METHODS[method](given)
+            save_fusion(record | {"method": method}, folder)
+            self.save(model, folder)
+
+        return self.store.stage(kind, inputs, build)
 
 
 def _batches(pixels: Pixels, kinds: Any) -> Callable[[Tensor], Tensor]:
     return lambda indices: augment(pixels[indices], kinds)
 
 
-def _config(config: Any) -> dict[str, Any]:
-    return {k: v for k, v in _plain(config.to_diff_dict()).items() if k != "_name_or_path"}
+def config_values(config: Any) -> dict[str, Any]:
+    """Return what a config says, as JSON values."""
+    values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else asdict(config)
+    return {k: v for k, v in _plain(values).items() if k != "_name_or_path"}
 
 
 def _plain(value: Any) -> Any:

@@ -5,8 +5,18 @@ Imports no torch, so that `slimfuse recipe check` answers at once.
 
 from __future__ import annotations
 
-from slimfuse.recipe.inputs import Calibration, Data, Limit, Parent, Train, TrainConfig
+from slimfuse.recipe.fusing import Anchor, Budget, Fuse, Method, Ot, Plans, Target
+from slimfuse.recipe.inputs import (
+    Calibration,
+    Data,
+    Limit,
+    Parent,
+    Train,
+    TrainConfig,
+    Training,
+)
 from slimfuse.recipe.loading import (
+    AnyRecipe,
     Located,
     RecipeInfo,
     find_recipes,
@@ -19,18 +29,28 @@ from slimfuse.recipe.models import (
     Distill,
     Export,
     Finetune,
-    Fuse,
     Gate,
-    Ot,
     Quantize,
     Recipe,
     Runtime,
-    Target,
+)
+from slimfuse.recipe.nets import (
+    NetAnchor,
+    NetConfig,
+    NetFuse,
+    NetMethod,
+    NetParent,
+    NetRecipe,
+    NetTrain,
+    Pruned,
 )
 from slimfuse.recipe.problems import InvalidRecipe, Problem
 
 __all__ = [
+    "Anchor",
+    "AnyRecipe",
     "Bench",
+    "Budget",
     "Calibration",
     "Data",
     "Distill",
@@ -41,9 +61,19 @@ __all__ = [
     "InvalidRecipe",
     "Limit",
     "Located",
+    "Method",
+    "NetAnchor",
+    "NetConfig",
+    "NetFuse",
+    "NetMethod",
+    "NetParent",
+    "NetRecipe",
+    "NetTrain",
     "Ot",
     "Parent",
+    "Plans",
     "Problem",
+    "Pruned",
     "Quantize",
     "Recipe",
     "RecipeInfo",
@@ -51,6 +81,7 @@ __all__ = [
     "Target",
     "Train",
     "TrainConfig",
+    "Training",
     "find_recipes",
     "load_located",
     "load_recipe",

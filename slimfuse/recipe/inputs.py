@@ -10,6 +10,7 @@ from pydantic import Field
 from slimfuse.recipe.strict import (
     Augment,
     Count,
+    Distinct,
     Finding,
     Fraction,
     Location,
@@ -101,12 +102,14 @@ class TrainConfig(Strict):
         return []
 
 
-class Train(Strict):
-    """How a demo makes its own parent (AdamW, cosine schedule)."""
+class Training(Strict):
+    """How the run trains a model of its own (AdamW, cosine schedule)."""
 
-    config: TrainConfig = Field(description="The parent's shape.")
     shard: Shard = Field(
         "1/1", description="'i/n': train on the i-th of n disjoint parts of the training set."
+    )
+    samples: Count | None = Field(
+        None, description="Train on at most so many samples, a seeded draw; null: all."
     )
     epochs: Count = Field(description="Passes over the shard.")
     batch_size: Count = Field(128, description="Samples per step.")
@@ -118,6 +121,20 @@ class Train(Strict):
     )
     augment: Augment = Field((), description="Random changes to the training pictures.")
     seed: Seed = Field(0, description="Seed of the start, the order and the augmentation.")
+
+
+class _Shaped(Strict):
+    """A base of its own, so that the shape stands before the rest."""
+
+    config: TrainConfig = Field(description="The parent's shape.")
+
+
+class Train(Training, _Shaped):
+    """How a demo makes its own parent (AdamW, cosine schedule)."""
+
+    classes: Distinct[Text] | None = Field(
+        None, description="Train on the samples of these classes only; null: all."
+    )
 
 
 class Parent(Strict):

@@ -1,8 +1,7 @@
-"""From a recipe file to a `Recipe`, to the schema, and to the list of recipes."""
+"""From a recipe file to its model, to the schema, and to the list of recipes."""
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.json_schema import models_json_schema
 from pydantic_core import ErrorDetails
 
 from slimfuse.errors import RecipeError
 from slimfuse.recipe.explain import explain
+from slimfuse.recipe.inputs import Parent
 from slimfuse.recipe.models import Recipe
+from slimfuse.recipe.nets import NetParent, NetRecipe
 from slimfuse.recipe.overrides import apply_override
 from slimfuse.recipe.problems import InvalidRecipe, Loc, Problem
 from slimfuse.recipe.tree import MAX_BYTES, Tree, read_file
+
+AnyRecipe = Recipe | NetRecipe
+MODELS: dict[str, type[AnyRecipe]] = {"vit": Recipe, "auto": NetRecipe}
+"""The model of a recipe by its family."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class RecipeInfo:
 class Located:
     """A recipe with the places of its keys."""
 
-    recipe: Recipe
+    recipe: AnyRecipe
     tree: Tree
 
     def locate(self, where: str | None) -> str | None:
@@ -46,18 +52,18 @@ class Located:
         """
         key = (where or "").partition(" ")[0]
         top, _, rest = key.partition(".")
-        if top not in Recipe.model_fields:
+        if top not in type(self.recipe).model_fields:
             return where
         loc: Loc = (top, *filter(None, rest.split(".")))
         if top == "parents":  # by name, which may hold dots, where the file has an index
-            by_length = sorted(enumerate(self.recipe.parents), key=lambda item: len(item[1].name))
-            for i, parent in by_length:
+            parents: tuple[Parent | NetParent, ...] = self.recipe.parents
+            for i, parent in sorted(enumerate(parents), key=lambda item: len(item[1].name)):
                 if f"{rest}.".startswith(f"{parent.name}."):
                     loc = (top, i, *filter(None, rest[len(parent.name) :].split(".")))
         return f"{self.tree.place(loc)}: {where}"
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Return the recipe of a YAML file, after overrides like `finetune.lr=1e-3`.
 
     Raises: RecipeError (InvalidRecipe, with every problem) where file or overrides don't hold.
@@ -84,7 +90,15 @@ def load_located(path: Path, overrides: Sequence[str] = ()) -> Located:
 
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of a recipe, every key described."""
-    return copy.deepcopy(_schema())
+    families: Any = [(model, "validation") for model in MODELS.values()]
+    refs, schema = models_json_schema(families)
+    shared = [key for key in _schema(Recipe)["required"] if key in _schema(NetRecipe)["required"]]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "required": shared,
+        "oneOf": [refs[model, "validation"] for model in MODELS.values()],
+        **schema,
+    }
 
 
 def find_recipes(root: Path) -> list[RecipeInfo]:
@@ -95,17 +109,27 @@ def find_recipes(root: Path) -> list[RecipeInfo]:
 
 
 @functools.cache
-def _schema() -> dict[str, Any]:
-    schema = Recipe.model_json_schema(by_alias=True, mode="validation")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+def _schema(model: type[AnyRecipe]) -> dict[str, Any]:
+    """Return a model's schema in which `family` may have any known value, for messages."""
+    schema = model.model_json_schema(by_alias=True, mode="validation")
+    schema["properties"]["family"] = {"enum": list(MODELS)}
+    return schema
 
 
-def _validate(tree: Tree) -> tuple[Recipe | None, list[Problem]]:
+def _validate(tree: Tree) -> tuple[AnyRecipe | None, list[Problem]]:
+    family = tree.data.get("family")
+    known = isinstance(family, str) and family in MODELS
+    # without a family, the one whose keys the file has is meant
+    tries = [_try(tree, m) for m in ([MODELS[family]] if known else MODELS.values())]
+    return min(tries, key=lambda found: len(found[1]))
+
+
+def _try(tree: Tree, model: type[AnyRecipe]) -> tuple[AnyRecipe | None, list[Problem]]:
     try:
-        return Recipe.model_validate(tree.data), []
+        return model.model_validate(tree.data), []
     except ValidationError as error:
         items = error.errors(include_url=False)
-    return None, [explain(item, tree, _schema()) for item in items if not _is_echo(item)]
+    return None, [explain(item, tree, _schema(model)) for item in items if not _is_echo(item)]
 
 
 def _is_echo(item: ErrorDetails) -> bool:

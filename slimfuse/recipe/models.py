@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
+from slimfuse.recipe.fusing import Fuse, Method, Target
 from slimfuse.recipe.inputs import Data, Parent
 from slimfuse.recipe.problems import Loc, nearest
 from slimfuse.recipe.strict import (
@@ -21,76 +22,18 @@ from slimfuse.recipe.strict import (
     Positive,
     Seed,
     Several,
-    Size,
     Slug,
     Strict,
     as_tuple,
 )
 
-RESERVED_NAMES = ("fused", "finetuned", "onnx", "onnx-int8", "random-start", "subclone")
+RESERVED_NAMES = (
+    "fused", "finetuned", "onnx", "onnx-int8", "random-start", "anchor",
+    *(m for m in get_args(Method) if m != "random"),
+)  # fmt: skip
 """Names of the report's other rows, so no parent may have them."""
 
 GATE_LIMITS = {"accuracy": "max_drop", "latency_p50": "min_speedup", "params": "max_ratio"}
-
-
-class Target(Strict):
-    """The fused model's shape: an integer is absolute, a float is a ratio to the parents."""
-
-    hidden_size: Size = Field(
-        description="Width of the residual stream: units, or ratio to the widest parent's."
-    )
-    num_attention_heads: Size | None = Field(
-        None,
-        description="Heads per block: number or ratio; null: as the parents, in smaller heads.",
-    )
-    intermediate_size: Size | None = Field(
-        None, description="Width of each MLP: units or ratio; null: by hidden_size's ratio."
-    )
-    num_hidden_layers: Size | None = Field(
-        None, description="Number of blocks: number or ratio; null: as the parents."
-    )
-
-
-class Ot(Strict):
-    """The solver of optimal transport."""
-
-    solver: Literal["emd", "sinkhorn"] = Field(
-        "emd", description="Exact (emd) or entropic (sinkhorn) transport."
-    )
-    reg: Positive = Field(
-        0.05, description="Entropic regularisation, in units of the mean cost; sinkhorn only."
-    )
-
-
-class Fuse(Strict):
-    """The one-shot fusion, before any training of the result."""
-
-    method: Literal["refit"] = Field(
-        "refit", description="Refit: least squares on the parents' activations, block by block."
-    )
-    stream: Literal["pca", "select", "ot", "cluster"] = Field(
-        "pca", description="How the residual stream is narrowed."
-    )
-    units: Literal["cholesky", "magnitude"] = Field(
-        "cholesky", description="How heads and MLP units are chosen: by what they explain or norm."
-    )
-    ridge: Positive = Field(
-        1e-3, description="Damping of the least squares, relative to the mean diagonal."
-    )
-    ot: Ot = Field(Ot(), description="Optimal transport, where stream asks for it.")
-    batch_size: Count = Field(128, description="Calibration samples per forward pass.")
-
-    @classmethod
-    def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
-        """Refuse settings of a transport that does not take place; defaults may stand there."""
-        stream, ot = raw.get("stream", "pca"), raw.get("ot")
-        if stream == "ot" or not isinstance(ot, Mapping):
-            return []
-        return [
-            Finding(("ot", key), f"has no effect: stream is {stream!r}", allowed="with stream: ot")
-            for key, default in Ot().model_dump().items()
-            if ot.get(key, default) != default
-        ]
 
 
 class Distill(Strict):
@@ -219,8 +162,8 @@ class Recipe(Strict):
     target: Target = Field(description="The fused model's shape.")
     fuse: Fuse = Field(Fuse(), description="How parents become one narrower model.")
     finetune: Finetune = Field(Finetune(), description="Training of the fused model.")
-    baselines: Distinct[Literal["random", "subclone"]] = Field(
-        ("random",), description="Other starts, finetuned in the same way for comparison."
+    baselines: Distinct[Method] = Field(
+        ("random",), description="Other starts (methods), finetuned in the same way to compare."
     )
     export: Export = Field(Export(), description="The ONNX files.")
     bench: Bench = Field(Bench(), description="How latency is measured.")
@@ -234,35 +177,46 @@ class Recipe(Strict):
     @classmethod
     def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
         """Demand parents' names that are free and distinct, and teachers that exist."""
-        names = [_dig(parent, "name") for parent in _items(raw.get("parents"))]
-        findings = []
-        for i, name in enumerate(names):
-            loc: Loc = ("parents", i, "name")
-            if name in RESERVED_NAMES:
-                allowed = f"any but {', '.join(RESERVED_NAMES)}"
-                findings.append(Finding(loc, "is the name of a report row", allowed=allowed))
-            elif name is not None and name in names[:i]:
-                findings.append(
-                    Finding(loc, f"is the name of parents[{names.index(name)}] already")
-                )
-        known = list(dict.fromkeys(name for name in names if isinstance(name, str)))
-        if not known or not all(isinstance(name, str) for name in names):
-            return findings  # a teacher might mean the parent whose name is yet to be mended
-        for i, teacher in enumerate(_items(_dig(raw, "finetune", "distill", "teachers"))):
-            if isinstance(teacher, str) and teacher not in known:
-                loc = ("finetune", "distill", "teachers", i)
-                findings.append(
-                    Finding(loc, "no such parent", nearest(teacher, known), ", ".join(known))
-                )
-        return findings
+        places = (("finetune", "distill", "teachers"), ("fuse", "parents"))
+        return check_names(raw, RESERVED_NAMES, places)
 
 
-def _dig(value: Any, *keys: str) -> Any:
+def check_names(
+    raw: Mapping[str, Any], reserved: Sequence[str], places: Sequence[tuple[str, ...]]
+) -> list[Finding]:
+    """Return what is wrong with parents' names, and with the lists of them at `places`."""
+    names = [dig(parent, "name") for parent in items(raw.get("parents"))]
+    findings = []
+    for i, name in enumerate(names):
+        loc: Loc = ("parents", i, "name")
+        if name in reserved:
+            allowed = f"any but {', '.join(reserved)}"
+            findings.append(Finding(loc, "is the name of a report row", allowed=allowed))
+        elif name is not None and name in names[:i]:
+            findings.append(Finding(loc, f"is the name of parents[{names.index(name)}] already"))
+    for place in places:
+        for i, one in enumerate(items(dig(raw, *place))):
+            findings += check_reference((*place, i), one, names)
+    return findings
+
+
+def check_reference(loc: Loc, name: Any, names: Sequence[Any]) -> list[Finding]:
+    """Return a finding where `name` is none of the parents' names."""
+    known = list(dict.fromkeys(n for n in names if isinstance(n, str)))
+    if not known or not all(isinstance(n, str) for n in names):
+        return []  # it might mean the parent whose name is yet to be mended
+    if not isinstance(name, str) or name in known:
+        return []
+    return [Finding(loc, "no such parent", nearest(name, known), ", ".join(known))]
+
+
+def dig(value: Any, *keys: str) -> Any:
     """Return what the keys lead to, or None where the way ends."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
-def _items(value: Any) -> list[Any]:
+def items(value: Any) -> list[Any]:
+    """Return a list's items, none of anything else."""
     return list(value) if isinstance(value, list | tuple) else []

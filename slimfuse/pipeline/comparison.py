@@ -1,0 +1,272 @@
+"""`compare`: every method and control of a recipe at equal budgets, over several seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from slimfuse.errors import RecipeError, SlimfuseError, UserError
+from slimfuse.families import Shape
+from slimfuse.pipeline.common import ParentJob
+from slimfuse.pipeline.contenders import ladder
+from slimfuse.pipeline.job import Job, prepare
+from slimfuse.pipeline.run import lock_text, prepare_again, quiet, write_lock
+from slimfuse.pipeline.shaping import pinned
+from slimfuse.pipeline.stages import Stages
+from slimfuse.progress import console
+from slimfuse.recipe import Anchor, Located, Recipe, Train, load_located
+from slimfuse.store import Store, write_text
+from slimfuse.tasks.image_classification import Pixels
+
+LEVEL = 0.95
+
+
+@dataclass
+class Entry:
+    """One line of the comparison: accuracies (0 … 1) by budget in steps, one a seed."""
+
+    name: str
+    kind: str
+    accuracies: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, steps: int, value: float) -> None:
+        """Add one seed's figure."""
+        self.accuracies.setdefault(steps, []).append(value)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every contender's figures; refused: contenders that can't be made, and why."""
+
+    name: str
+    seeds: tuple[int, ...]
+    budgets: tuple[int, ...]
+    samples: int
+    entries: tuple[Entry, ...]
+    refused: dict[str, str]
+
+
+def compare(
+    recipe: str | Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: Sequence[int] | None = None,
+    overrides: tuple[str, ...] = (),
+    out: str | Path | None = None,
+) -> Comparison:
+    """Run a recipe's method beside all others and the controls, and write one table.
+
+    Every seed s trains the recipe's own parents anew (their seeds + 100·s), draws its own
+    calibration samples and order of finetuning; `{seed}` in an override becomes the seed.
+    steps: budgets of finetuning, the same teachers, data and rates for all (default: the
+    recipe's); the one-shot figures always stand beside them. Finished parts are kept in out
+    (default runs/NAME-compare), so that a killed run goes on where it stood. Raises UserError for
+    bad input.
+    """
+    quiet()
+    path = Path(recipe)
+    base = _comparable(load_located(path, _for_seed(overrides, seeds[0])))
+    root = Path(out) if out is not None else Path("runs") / f"{base.name}-compare"
+    entries: dict[str, Entry] = {}
+    refused: dict[str, str] = {}
+    budgets: tuple[int, ...] = ()
+    samples = 0
+    shape: Shape | None = None
+    for seed in seeds:
+        loaded = load_located(path, _for_seed(overrides, seed))
+        seeded = _seeded(_comparable(loaded), seed)
+        store = Store(root / f"seed-{seed}")
+        store.check_ours()
+        try:
+            # every seed gets the first one's shape: a measured latency is never the same twice
+            job = prepare_again(seeded if shape is None else pinned(seeded, shape), path, store)
+        except UserError as error:
+            error.where = loaded.locate(error.where)
+            raise
+        shape = job.proposal.shape
+        budgets = tuple(sorted({0, *(steps if steps is not None else (_steps(job),))}))
+        samples = len(job.data.test)
+        torch.set_num_threads(job.threads)
+        with store.lock():
+            write_lock(lock_text(job), store)
+            _one_seed(job, store, budgets, entries, refused)
+        done = tuple(seeds)[: seeds.index(seed) + 1]
+        result = Comparison(base.name, done, budgets, samples, tuple(entries.values()), refused)
+        write_text(root / "compare.json", json.dumps(asdict(result), indent=1) + "\n")
+        write_text(root / "compare.md", markdown(result))
+    return result
+
+
+def _comparable(loaded: Located) -> Recipe:
+    """Return the recipe; raises RecipeError for plain nets, whose methods are other ones."""
+    if isinstance(loaded.recipe, Recipe):
+        return loaded.recipe
+    raise RecipeError(
+        "compare takes recipes of declared families only",
+        where=loaded.locate("family"),
+        got=loaded.recipe.family,
+        hint="compress with baselines: [ot, vanilla, unfused, random] finetunes them all alike",
+    )
+
+
+def _one_seed(
+    job: Job,
+    store: Store,
+    budgets: Sequence[int],
+    entries: dict[str, Entry],
+    refused: dict[str, str],
+) -> None:
+    def note(name: str, kind: str, steps: int, value: float) -> None:
+        entries.setdefault(name, Entry(name, kind)).add(steps, value)
+        console.print(
+            f"  {name}, {steps} steps: {value:.2%}" if steps else f"  {name}: {value:.2%}"
+        )
+
+    stages = Stages(job, store)
+    shared: dict[str, Pixels] = stages.shared
+    scores = {p.name: stages.accuracy(stages.outputs(p).test).value for p in job.parents}
+    for name, value in scores.items():
+        note(f"parent {name}", "parent", 0, value)
+    if job.anchor is not None:
+        note("anchor", "parent", 0, stages.accuracy(stages.outputs(job.anchor).test).value)
+    best = max(job.by_width, key=lambda p: scores[p.name])
+    copy, untrained = stages.parent(best)[0].resolve(), _untrained(stages, best)
+    for contender in ladder(
+        pinned(job.recipe, job.proposal.shape), best.name, str(copy), str(untrained)
+    ):
+        name = contender.name
+        try:
+            prepared = prepare(contender.recipe, job.path)
+            for steps in budgets if contender.trains else (0,):
+                own = Stages(_trained_for(prepared, steps), store, shared)
+                stage = own.finetune("fused") if steps else own.start("fused")
+                value = own.accuracy(own.scores(stage)).value
+                note(name, "method" if contender.trains else "control", steps, value)
+        except UserError as error:
+            refused[name] = error.what if error.got is None else f"{error.what} ({error.got})"
+        except SlimfuseError as error:  # one method's failure is a figure, not the end
+            refused[name] = f"failed: {error.what}"
+
+
+def _trained_for(job: Job, steps: int) -> Job:
+    spec = job.recipe.finetune
+    epochs = steps / math.ceil(len(job.data.train) / spec.batch_size)
+    finetune = spec.model_copy(update={"epochs": epochs})
+    return replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
+
+
+def _untrained(stages: Stages, parent: ParentJob) -> Path:
+    """Return the folder of a model of a parent's shape with random weights."""
+    job = stages.job
+    seed = job.recipe.runtime.seed + 1000
+
+    def build(folder: Path) -> None:
+        torch.manual_seed(seed)
+        job.family.build(parent.config).save_pretrained(folder)  # type: ignore[operator]
+        job.processor.save_pretrained(folder)
+
+    inputs = stages.base | {"untrained": stages.parent(parent)[1], "seed": seed}
+    return stages.store.stage("untrained", inputs, build).path.resolve()
+
+
+def _steps(job: Job) -> int:
+    from slimfuse.finetune.loop import steps_of
+
+    spec = job.recipe.finetune
+    return steps_of(len(job.data.train), spec.epochs, spec.batch_size)
+
+
+def _for_seed(overrides: Sequence[str], seed: int) -> tuple[str, ...]:
+    return tuple(o.replace("{seed}", str(seed)) for o in overrides)
+
+
+def _seeded(recipe: Recipe, seed: int) -> Recipe:
+    """Return the recipe with every random choice of its own."""
+
+    def shifted(train: Train | None) -> Train | None:
+        return train and train.model_copy(update={"seed": train.seed + 100 * seed})
+
+    parents = tuple(p.model_copy(update={"train": shifted(p.train)}) for p in recipe.parents)
+    anchor: Anchor | None = recipe.fuse.ot.anchor
+    if anchor is not None:
+        anchor = anchor.model_copy(update={"train": shifted(anchor.train)})
+    ot = recipe.fuse.ot.model_copy(update={"anchor": anchor})
+    calibration = recipe.data.calibration.model_copy(
+        update={"seed": recipe.data.calibration.seed + seed}
+    )
+    return recipe.model_copy(
+        update={
+            "parents": parents,
+            "fuse": recipe.fuse.model_copy(update={"ot": ot}),
+            "data": recipe.data.model_copy(update={"calibration": calibration}),
+            "finetune": recipe.finetune.model_copy(update={"seed": recipe.finetune.seed + seed}),
+            "runtime": recipe.runtime.model_copy(update={"seed": recipe.runtime.seed + seed}),
+        }
+    )
+
+
+def interval(values: Sequence[float], samples: int) -> tuple[float, float, float]:
+    """Return mean, low and high (95 %): Student's t over seeds, Wilson's of a single seed."""
+    from scipy.stats import binomtest, t
+
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        found = binomtest(round(mean * samples), samples).proportion_ci(method="wilson")
+        return mean, float(found.low), float(found.high)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def lead(first: Sequence[float], other: Sequence[float]) -> tuple[float, float, float] | None:
+    """Return the mean paired difference first - other and its 95 % interval; None for one seed."""
+    if len(first) < 2 or len(first) != len(other):
+        return None
+    return interval([a - b for a, b in zip(first, other, strict=True)], 0)
+
+
+def markdown(result: Comparison) -> str:
+    """Return the table: means over seeds ± half the 95 % interval, and each seed's figures."""
+    first = next(e for e in result.entries if e.kind == "method")
+    heads = [f"{b} steps" if b else "one-shot" for b in result.budgets]
+    lines = [
+        f"# {result.name}: methods and controls at equal budgets",
+        "",
+        f"Accuracy in %, {result.samples:,} test samples, seeds {', '.join(map(str, result.seeds))}"
+        "; ± is half the 95 % interval over seeds (Student's t; Wilson's for one seed). Behind, "
+        f"the lead of `{first.name}`, paired by seed.",
+        "",
+        f"| model | {' | '.join(heads)} |",
+        f"| --- |{' --- |' * len(heads)}",
+    ]
+    for entry in result.entries:
+        cells = [_cell(entry, first, b, result.samples) for b in result.budgets]
+        lines.append(f"| {entry.name} | {' | '.join(cells)} |")
+    lines += ["", "Per seed:", ""]
+    for entry in result.entries:
+        each = "; ".join(
+            f"{b} steps: " + ", ".join(f"{100 * v:.2f}" for v in values)
+            for b, values in entry.accuracies.items()
+        )
+        lines.append(f"- {entry.name}: {each}")
+    if result.refused:
+        lines += ["", "Left out:", ""]
+        lines += [f"- {name}: {why}" for name, why in result.refused.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(entry: Entry, first: Entry, budget: int, samples: int) -> str:
+    values = entry.accuracies.get(budget)
+    if values is None:
+        return ""
+    mean, low, high = interval(values, samples)
+    text = f"{100 * mean:.2f} ± {50 * (high - low):.2f}"
+    ahead = None if entry is first else lead(first.accuracies.get(budget, []), values)
+    if ahead is not None:
+        text += f" ({100 * ahead[0]:+.2f}, {100 * ahead[1]:+.2f} … {100 * ahead[2]:+.2f})"
+    return text

@@ -1,0 +1,121 @@
+"""Which of the data's classes every model knows, and on which samples a parent is trained."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from slimfuse.data import ImageData, Split
+from slimfuse.errors import DataError
+from slimfuse.recipe import Train, Training
+
+SHOWN = 6
+
+
+def class_places(
+    configs: Mapping[str, Any], data: ImageData, *, where: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the places of every parent's classes among the data's; together they cover all.
+
+    Classes are known by name; a config without names (LABEL_0 …) must have as many as the data.
+    where: of a model that is no parent, which need not cover all. Raises DataError.
+    """
+    found = {
+        name: _places(where or f"parents.{name}", config, data) for name, config in configs.items()
+    }
+    missing = sorted(set(range(len(data.classes))) - {i for p in found.values() for i in p})
+    if missing and where is None:
+        raise DataError(
+            "no parent knows some of the data set's classes",
+            where="parents",
+            got=_listed([data.classes[i] for i in missing]),
+            hint="add a parent that was trained on them, or leave them out of the data",
+        )
+    return found
+
+
+def _places(where: str, config: Any, data: ImageData) -> tuple[int, ...]:
+    labels = [str(v) for _, v in sorted(config.id2label.items(), key=lambda kv: int(kv[0]))]
+    generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
+    if generic and len(labels) == len(data.classes):
+        return tuple(range(len(labels)))
+    known = {label: i for i, label in enumerate(data.classes)}
+    if generic or set(labels) - set(known) or len(set(labels)) < len(labels):
+        raise DataError(
+            "the model's labels are not the data set's",
+            where=where,
+            got=f"{len(labels)}: {_listed(labels)}",
+            allowed=f"{len(data.classes)}, or some of them by name: {_listed(data.classes)}",
+            hint="use the data set that the model was fine-tuned on",
+        )
+    return tuple(known[label] for label in labels)
+
+
+def with_labels(config: Any, configs: Mapping[str, Any], data: ImageData) -> Any:
+    """Return the target's config with all classes of the data, where no parent's do already."""
+    if any(list(c.id2label.values()) == list(config.id2label.values()) and
+           len(c.id2label) == len(data.classes) and
+           _same_order(c, data) for c in configs.values()):  # fmt: skip
+        return config
+    named = copy.deepcopy(config)
+    named.id2label = dict(enumerate(data.classes))
+    named.label2id = {label: i for i, label in enumerate(data.classes)}
+    return named
+
+
+def _same_order(config: Any, data: ImageData) -> bool:
+    labels = tuple(str(v) for _, v in sorted(config.id2label.items(), key=lambda kv: int(kv[0])))
+    return labels == data.classes or all(label == f"LABEL_{i}" for i, label in enumerate(labels))
+
+
+def training_split(train: Training, data: ImageData) -> Split:
+    """Return what a parent is trained on: its shard, classes and samples; labels are its own."""
+    split = data.train
+    if train.samples is not None:
+        split = split.sample(train.samples, 0)
+    index, count = (int(n) for n in train.shard.split("/"))
+    if count > 1:
+        split = split.shard(index, count)
+    classes = _classes(train)
+    if classes is not None:
+        places = [data.classes.index(c) for c in classes]
+        split = split.take(np.flatnonzero(np.isin(split.labels, places)))
+        own = {place: i for i, place in enumerate(places)}
+        split = Split(split.images, np.array([own[int(y)] for y in split.labels], dtype=np.int64))
+    return split
+
+
+def _classes(train: Training) -> tuple[str, ...] | None:
+    return train.classes if isinstance(train, Train) else None
+
+
+def check_training(train: Training, data: ImageData, where: str) -> None:
+    """Raise DataError for classes that don't exist and for more shards than samples."""
+    for name in _classes(train) or ():
+        if name not in data.classes:
+            near = difflib.get_close_matches(name, data.classes, 1)
+            raise DataError(
+                "there is no such class",
+                where=f"{where}.classes",
+                got=name,
+                allowed=_listed(data.classes),
+                hint=f"did you mean {near[0]!r}?" if near else None,
+            )
+    count, samples = int(train.shard.split("/")[1]), len(data.train)
+    if min(samples, train.samples or samples) < count:
+        raise DataError(
+            "there are fewer training samples than shards",
+            where=f"{where}.shard",
+            got=train.shard,
+            allowed=f"up to {min(samples, train.samples or samples)} shards",
+        )
+    if not len(training_split(train, data)):
+        raise DataError("no training sample is left", where=where)
+
+
+def _listed(labels: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(labels[:SHOWN]) + (", …" if len(labels) > SHOWN else "")

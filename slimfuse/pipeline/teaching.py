@@ -1,0 +1,159 @@
+"""What the parents teach: goals for the fused head, soft targets for finetuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from slimfuse.families import Layout
+from slimfuse.finetune.distill import soft_targets
+from slimfuse.fuse.labels import FLOOR, Goals, LabelUnion, Share
+from slimfuse.pipeline.common import ParentJob
+from slimfuse.pipeline.job import Job
+from slimfuse.tasks.image_classification import Pixels
+
+if TYPE_CHECKING:
+    from slimfuse.pipeline.stages import BaseStages
+
+OUTSIDE = -1e4  # the logit of a class that a parent doesn't know
+BATCH = 256
+
+
+def spread(scores: Tensor, places: Sequence[int], classes: int) -> Tensor:
+    """Return logits (n, classes) of a parent that knows the classes at `places`."""
+    if tuple(places) == tuple(range(classes)):
+        return scores
+    wide = scores.new_full((len(scores), classes), OUTSIDE)
+    wide[:, list(places)] = scores
+    return wide
+
+
+@torch.no_grad()
+def answer(model: nn.Module, layout: Layout, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a model's logits (n, classes) and what its head reads (n, d)."""
+    seen: list[Tensor] = []
+    head = model.get_submodule(layout.head)
+    handle = head.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))
+    try:
+        logits: Tensor = model(pixel_values=inputs).logits
+    finally:
+        handle.remove()
+    return logits, seen[0]
+
+
+class KnownOnly:
+    """Goals from one or more parents that leave classes unknown: those get the least probability.
+
+    For a child of such parents alone; its teachers may know more.
+    """
+
+    def __init__(self, parents: Sequence[ParentJob], classes: int) -> None:
+        self.classes = classes
+        total = sum(p.weight for p in parents)
+        self.shares: list[Share] = [(torch.tensor(p.places), p.weight / total) for p in parents]
+
+    def __call__(
+        self, scores: Sequence[Tensor], features: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Return centred log-probabilities (n, classes)."""
+        mean = torch.zeros(len(scores[0]), self.classes, dtype=torch.float64)
+        for (places, weight), own in zip(self.shares, scores, strict=True):
+            logs = torch.full_like(mean, math.log(FLOOR))
+            logs[:, places] = torch.log_softmax(own.double(), 1).clamp_min(math.log(FLOOR))
+            mean += weight * logs
+        return mean - mean.mean(1, keepdim=True)
+
+
+class Teaching:
+    """The teachers of one run.
+
+    Parents of the same classes teach their mean; else they are united by a `LabelUnion`, which is
+    fitted on the calibration samples without their labels.
+    """
+
+    def __init__(self, stages: BaseStages) -> None:
+        self.stages, self.job = stages, stages.job
+
+    @property
+    def cached(self) -> bool:
+        """Whether the teachers' outputs are kept: images come again, the same each time."""
+        spec = self.job.recipe.finetune
+        return not spec.augment and spec.epochs > 1
+
+    def mixed(self, parents: Sequence[ParentJob]) -> bool:
+        """Whether some of these parents don't know all classes, or in another order."""
+        whole = tuple(range(len(self.job.data.classes)))
+        return any(p.places != whole for p in parents)
+
+    def goals(self, parents: Sequence[ParentJob], models: Sequence[nn.Module]) -> Goals | None:
+        """Return what the fused head shall give, None for the mean of the parents' logits."""
+        if not self.mixed(parents):
+            return None
+        classes = len(self.job.data.classes)
+        if {i for p in parents for i in p.places} < set(range(classes)):
+            return KnownOnly(parents, classes)
+        return self._union(parents, models)
+
+    def _union(self, parents: Sequence[ParentJob], models: Sequence[nn.Module]) -> LabelUnion:
+        spec = self.job.recipe.data.calibration
+        samples = self.job.data.train.sample(spec.samples, spec.seed)
+        pixels = Pixels(samples, self.job.processor)
+        answers = [self._answers(p, m, pixels) for p, m in zip(parents, models, strict=True)]
+        return LabelUnion.fit(
+            [logits for logits, _ in answers],
+            [torch.tensor(p.places) for p in parents],
+            [p.weight for p in parents],
+            classes=len(self.job.data.classes),
+            features=[features for _, features in answers],
+        )
+
+    def _answers(
+        self, parent: ParentJob, model: nn.Module, pixels: Pixels
+    ) -> tuple[Tensor, Tensor]:
+        layout = self._layout(parent)
+        chunks = torch.arange(len(pixels)).split(BATCH)
+        parts = [answer(model, layout, pixels[chunk]) for chunk in chunks]
+        logits, features = (torch.cat(part) for part in zip(*parts, strict=True))
+        return logits, features
+
+    def _layout(self, parent: ParentJob) -> Layout:
+        assert isinstance(self.job, Job), "only there may parents know other classes"
+        return self.job.family.layout(parent.config)
+
+    def targets(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return (sample indices, inputs) -> soft targets (batch, classes)."""
+        temperature = self.job.recipe.finetune.distill.temperature
+        teachers, family = self.job.teachers, self.job.family
+        weights = [t.weight for t in teachers]
+        if self.cached and not self.mixed(teachers):
+            kept = [self.stages.outputs(t).train for t in teachers]
+            soft = soft_targets([k for k in kept if k is not None], weights, temperature)
+            return lambda indices, _inputs: soft[indices]
+        models = [family.load(self.stages.parent(t)[0], attention="eager") for t in teachers]
+        if not self.mixed(teachers):
+
+            def ask(_indices: Tensor, inputs: Tensor) -> Tensor:
+                with torch.no_grad():
+                    scores = [m(pixel_values=inputs).logits for m in models]
+                return soft_targets(scores, weights, temperature)
+
+            return ask
+        union = self._union(teachers, models)
+        layouts = [self._layout(t) for t in teachers]
+
+        def unite(_indices: Tensor, inputs: Tensor) -> Tensor:
+            with torch.autocast(inputs.device.type, enabled=False):
+                answers = [answer(m, lay, inputs) for m, lay in zip(models, layouts, strict=True)]
+            scores, features = ([a[i].float() for a in answers] for i in (0, 1))
+            return union.probabilities(scores, features, temperature=temperature).float()
+
+        if not self.cached:
+            return unite
+        pixels = self.stages.pixels("train")
+        chunks = torch.arange(len(pixels)).split(BATCH)
+        every = torch.cat([unite(chunk, pixels[chunk]) for chunk in chunks])
+        return lambda indices, _inputs: every[indices]
