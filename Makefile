@@ -5,7 +5,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := slimfuse export tests benchmarks
 
-.PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist clean
+.PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist \
+	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-depth clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -21,6 +22,24 @@ lint: install-test
 format: install-test
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+bench-methods: install
+	$(BIN)/python benchmarks/methods.py
+
+bench-equal-width: install
+	$(BIN)/python benchmarks/equal_width.py
+
+bench-knowledge: install
+	$(BIN)/python benchmarks/knowledge.py
+
+bench-depth: install
+	$(BIN)/python benchmarks/depth.py
+
+bench-scale: install
+	$(BIN)/python benchmarks/scale.py
+
+bench-nets: install
+	$(BIN)/python benchmarks/nets.py
 
 bench-digits: install
 	$(BIN)/python benchmarks/digits.py

@@ -1,0 +1,75 @@
+"""Starts and short trainings of one recipe's variants, over seeds, each measured once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from scipy.stats import t
+
+from slimfuse.pipeline.job import prepare
+from slimfuse.pipeline.run import quiet
+from slimfuse.pipeline.stages import Stages
+from slimfuse.recipe import load_recipe
+from slimfuse.store import Store
+from slimfuse.tasks.image_classification import Pixels
+
+Table = dict[str, list[float]]
+
+
+def measure(
+    recipe: Path,
+    shared: Sequence[str],
+    variants: Mapping[str, Sequence[str]],
+    budgets: Mapping[str, Sequence[int]],
+    out: Path,
+    *,
+    with_parents: bool = True,
+) -> dict[str, float]:
+    """Return test accuracies in per cent: `name, n steps` for every variant and budget.
+
+    shared, variants: overrides of the recipe; budgets: steps by variant name ("" for all others).
+    """
+    quiet()
+    pixels: dict[str, Pixels] = {}
+    found: dict[str, float] = {}
+    store = Store(out)
+    store.check_ours()
+    for name, changes in variants.items():
+        for steps in budgets.get(name, budgets[""]):
+            base = load_recipe(recipe, (*shared, *changes))
+            job = prepare(base, recipe)
+            per_epoch = -(-len(job.data.train) // base.finetune.batch_size)
+            more = f"finetune.epochs={steps / per_epoch!r}"
+            job = prepare(load_recipe(recipe, (*shared, *changes, more)), recipe)
+            torch.set_num_threads(job.threads)
+            with store.lock():
+                stages = Stages(job, store, pixels)
+                if with_parents:
+                    for p in job.parents:
+                        scores = stages.outputs(p).test
+                        found[f"parent {p.name}"] = 100 * stages.accuracy(scores).value
+                stage = stages.finetune("fused") if steps else stages.start("fused")
+                label = f"{name}, {steps} steps" if steps else f"{name}, one-shot"
+                found[label] = 100 * stages.accuracy(stages.scores(stage)).value
+            print(f"{out.name}: {label}: {found[label]:.2f}", flush=True)
+    return found
+
+
+def rows(runs: Sequence[Mapping[str, float]]) -> tuple[Table, list[str]]:
+    """Return the figures by name, and the lines of a table with 95 % intervals over the runs."""
+    table: Table = {name: [r[name] for r in runs] for name in runs[0]}
+    lines = ["| model | mean % | ± (95 %) | per seed |", "| --- | --- | --- | --- |"]
+    for name, values in table.items():
+        half = f"{interval(values):.1f}" if len(values) > 1 else ""
+        each = ", ".join(f"{v:.1f}" for v in values)
+        lines.append(f"| {name} | {mean(values):.1f} | {half} | {each} |")
+    return table, lines
+
+
+def interval(values: Sequence[float]) -> float:
+    """Return half the 95 % interval of a mean, Student's t."""
+    n = len(values)
+    return float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5
