@@ -1,4 +1,4 @@
-"""Half-width digits ViT, three seeds, all controls at one budget (`make bench-digits`)."""
+"""Half-width digits ViT, five seeds, all controls at one budget (`make bench-digits`)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from common import accuracy, machine, parent_folder, random_parent, settle, single, write
+from variants import interval
 
 from slimfuse.finetune.loop import steps_of
 from slimfuse.pipeline import compress
 
 RECIPE = Path("recipes/vit/digits.yaml")
 OUT = Path("runs/bench-digits")
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 TEST_IMAGES = 599
 
 
@@ -69,6 +70,12 @@ def main() -> None:
     for name, values in table.items():
         each = ", ".join(f"{v:.1f}" for v in values)
         lines.append(f"| {name} | {mean(values):.1f} | {stdev(values):.1f} | {each} |")
+    ahead = [r["finetuned"] - r["finetuned, better parent only"] for r in runs]
+    lines += [
+        "",
+        f"Fused from both over fused from the better parent alone, finetuned, paired by seed: "
+        f"{mean(ahead):+.2f} ± {interval(ahead):.2f} points (95 %, Student's t).",
+    ]
     lines += ["", "Machine: " + "; ".join(f"{k} {v}" for k, v in machine().items()), ""]
     write(
         "digits",
@@ -85,6 +92,8 @@ def main() -> None:
             "every seed: at least 10 points above the random start": all(
                 r["finetuned"] >= r["finetuned, random start"] + 10 for r in runs
             ),
+            "both parents' child above the better parent's alone (95 %)": mean(ahead)
+            > interval(ahead),
             "every seed: a random-weight parent scores like chance (below 20 %)": all(
                 r["fused, random-weight parent"] < 20 for r in runs
             ),

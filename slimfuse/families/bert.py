@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimfuse.errors import ParentError, ShapeError, first_line
+from slimfuse.errors import ParentError
 from slimfuse.families.base import Layout, Pooler, PostNormBlock, Shape
+from slimfuse.families.hf import (
+    differences,
+    narrowed_config,
+    read_config,
+    read_model,
+    starting_deviation,
+)
 from slimfuse.spaces import Atlas, Space
 
 TABLES = {
@@ -128,7 +134,7 @@ class Bert:
             max_position_embeddings=positions,
             type_vocab_size=types,
             pad_token_id=pad,
-            initializer_range=_start(shape.hidden_size),
+            initializer_range=starting_deviation(shape.hidden_size),
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
         )
@@ -143,38 +149,7 @@ class Bert:
 
     def narrow(self, config: Any, shape: Shape) -> Any:
         """Return a copy of `config` with `shape`; ShapeError names the nearest legal width."""
-        limits = self.shape(config)
-        for key in Shape.__dataclass_fields__:
-            if getattr(shape, key) > getattr(limits, key):
-                raise ShapeError(
-                    f"{key} of the target is larger than the parents'",
-                    where=f"target.{key}",
-                    got=getattr(shape, key),
-                    allowed=f"1 … {getattr(limits, key)}",
-                )
-        width, heads = shape.hidden_size, shape.num_attention_heads
-        legal = range(2 * heads, limits.hidden_size + 1, heads)
-        if not legal:
-            raise ShapeError(
-                "a head needs at least two units",
-                where="target.num_attention_heads",
-                got=f"{heads} heads, hidden_size up to {limits.hidden_size}",
-                allowed=f"num_attention_heads up to {limits.hidden_size // 2}",
-            )
-        if width not in legal:
-            near = sorted(sorted(legal, key=lambda w: abs(w - width))[:2])
-            raise ShapeError(
-                "hidden_size must be a multiple of num_attention_heads, with at least two units "
-                "a head",
-                where="target.hidden_size",
-                got=f"hidden_size {width}, num_attention_heads {heads}",
-                allowed=f"hidden_size {' or '.join(map(str, near))}",
-            )
-        narrowed = copy.deepcopy(config)
-        narrowed.initializer_range = _start(width)  # for the random-start control
-        for key in Shape.__dataclass_fields__:
-            setattr(narrowed, key, getattr(shape, key))
-        return narrowed
+        return narrowed_config(config, shape, self.shape(config))
 
     def build(self, config: Any, *, attention: str = "sdpa") -> nn.Module:
         """Return a randomly initialised model."""
@@ -187,24 +162,7 @@ class Bert:
 
     def load_config(self, folder: str, revision: str | None = None) -> Any:
         """Return the config of a saved BERT encoder."""
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ParentError(
-                "the parent can't be opened",
-                where=str(folder),
-                got=first_line(error),
-                hint="give a folder with config.json and model.safetensors, or a hub id if online",
-            ) from error
-        if config.model_type != "bert":
-            raise ParentError(
-                "the parent is of another family",
-                where=str(folder),
-                got=config.model_type,
-                allowed="bert",
-            )
+        config = read_config(folder, "bert", revision)
         relative = getattr(config, "position_embedding_type", "absolute")
         if config.is_decoder or config.add_cross_attention or relative != "absolute":
             raise ParentError(
@@ -220,38 +178,12 @@ class Bert:
         self, folder: str | Path, *, attention: str = "sdpa", revision: str | None = None
     ) -> nn.Module:
         """Return a saved model; a missing or unexpected weight is an error."""
-        from safetensors import SafetensorError
         from transformers import BertForSequenceClassification
 
         self.load_config(str(folder), revision)
-        try:
-            model, info = BertForSequenceClassification.from_pretrained(
-                folder,
-                revision=revision,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told below, by name
-                attn_implementation=attention,
-                dtype=torch.float32,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ParentError(
-                "the parent's weights can't be read",
-                where=str(folder),
-                got=first_line(error),
-                hint="the file may be cut off or not safetensors: fetch or save it again",
-            ) from error
-        wrong = {k: sorted(v)[:5] for k, v in info.items() if v}
-        if wrong:
-            raise ParentError(
-                "the parent's weights don't fit its config",
-                where=str(folder),
-                got="; ".join(f"{k}: {v}" for k, v in wrong.items()),
-                hint="fine-tune and save it as BertForSequenceClassification first",
-            )
-        loaded: nn.Module = model.eval()
-        return loaded
+        return read_model(
+            BertForSequenceClassification, folder, attention=attention, revision=revision
+        )
 
     def flops(self, config: Any, tokens: int | None = None) -> int:
         """Return 2 x the multiply-adds of one sequence: matrices and attention products.
@@ -265,22 +197,11 @@ class Bert:
 
     def mismatches(self, configs: dict[str, Any]) -> list[str]:
         """Compare vocabulary, positions, types, activation and norm of the parents."""
-        (first, base), *others = configs.items()
         keys = (
             "vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_act",
             "layer_norm_eps",
         )  # fmt: skip
-        lines = []
-        for name, config in others:
-            for key in keys:
-                a, b = getattr(base, key), getattr(config, key)
-                if a != b:
-                    lines.append(f"{key}: {first} has {a}, {name} has {b}")
-        return lines
-
-
-def _start(width: int) -> float:
-    return round(math.sqrt(2 / (5 * width)), 4)
+        return differences(configs, keys)
 
 
 def _layer(i: int) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from slimfuse.errors import ParentError, ShapeError, first_line
 from slimfuse.families.base import Block, Layout, Shape
+from slimfuse.families.hf import (
+    differences,
+    narrowed_config,
+    read_config,
+    read_model,
+    starting_deviation,
+)
 from slimfuse.spaces import Atlas, Space
 
 EMBEDDINGS = {
@@ -118,7 +123,7 @@ class ViT:
             patch_size=patch_size,
             image_size=image_size,
             num_channels=3,
-            initializer_range=_start(shape.hidden_size),
+            initializer_range=starting_deviation(shape.hidden_size),
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
         )
@@ -133,37 +138,7 @@ class ViT:
 
     def narrow(self, config: Any, shape: Shape) -> Any:
         """Return a copy of `config` with `shape`; ShapeError names the nearest legal width."""
-        limits = self.shape(config)
-        for key in Shape.__dataclass_fields__:
-            if getattr(shape, key) > getattr(limits, key):
-                raise ShapeError(
-                    f"{key} of the target is larger than the parents'",
-                    where=f"target.{key}",
-                    got=getattr(shape, key),
-                    allowed=f"1 … {getattr(limits, key)}",
-                )
-        width, heads = shape.hidden_size, shape.num_attention_heads
-        legal = range(2 * heads, limits.hidden_size + 1, heads)
-        if not legal:
-            raise ShapeError(
-                "a head needs at least two units",
-                where="target.num_attention_heads",
-                got=f"{heads} heads, hidden_size up to {limits.hidden_size}",
-                allowed=f"num_attention_heads up to {limits.hidden_size // 2}",
-            )
-        if width not in legal:
-            near = sorted(sorted(legal, key=lambda w: abs(w - width))[:2])
-            raise ShapeError(
-                "hidden_size must be a multiple of num_attention_heads, with at least two units "
-                "a head",
-                where="target.hidden_size",
-                got=f"hidden_size {width}, num_attention_heads {heads}",
-                allowed=f"hidden_size {' or '.join(map(str, near))}",
-            )
-        narrowed = copy.deepcopy(config)
-        narrowed.initializer_range = _start(width)  # for the random-start control
-        for key in Shape.__dataclass_fields__:
-            setattr(narrowed, key, getattr(shape, key))
+        narrowed = narrowed_config(config, shape, self.shape(config))
         if getattr(config, "pooler_output_size", None) == config.hidden_size:
             narrowed.pooler_output_size = shape.hidden_size  # the class' own default: its width
         if hasattr(narrowed, "head_dim"):  # older stock versions don't know the key
@@ -181,63 +156,16 @@ class ViT:
 
     def load_config(self, folder: str, revision: str | None = None) -> Any:
         """Return the config of a saved ViT."""
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ParentError(
-                "the parent can't be opened",
-                where=str(folder),
-                got=first_line(error),
-                hint="give a folder with config.json and model.safetensors, or a hub id if online",
-            ) from error
-        if config.model_type != "vit":
-            raise ParentError(
-                "the parent is of another family",
-                where=str(folder),
-                got=config.model_type,
-                allowed="vit",
-            )
-        return config
+        return read_config(folder, "vit", revision)
 
     def load(
         self, folder: str | Path, *, attention: str = "sdpa", revision: str | None = None
     ) -> nn.Module:
         """Return a saved model; a missing or unexpected weight is an error."""
-        import torch
-        from safetensors import SafetensorError
         from transformers import ViTForImageClassification
 
         self.load_config(str(folder), revision)
-        try:
-            model, info = ViTForImageClassification.from_pretrained(
-                folder,
-                revision=revision,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told below, by name
-                attn_implementation=attention,
-                dtype=torch.float32,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ParentError(
-                "the parent's weights can't be read",
-                where=str(folder),
-                got=first_line(error),
-                hint="the file may be cut off or not safetensors: fetch or save it again",
-            ) from error
-        wrong = {k: sorted(v)[:5] for k, v in info.items() if v}
-        if wrong:
-            raise ParentError(
-                "the parent's weights don't fit its config",
-                where=str(folder),
-                got="; ".join(f"{k}: {v}" for k, v in wrong.items()),
-                hint="fine-tune and save it as ViTForImageClassification first",
-            )
-        loaded: nn.Module = model.eval()
-        return loaded
+        return read_model(ViTForImageClassification, folder, attention=attention, revision=revision)
 
     def flops(self, config: Any) -> int:
         """Return 2 x the multiply-adds of one image: matrices and attention products."""
@@ -250,25 +178,14 @@ class ViT:
 
     def mismatches(self, configs: dict[str, Any]) -> list[str]:
         """Compare image, patch, activation and norm of the parents."""
-        (first, base), *others = configs.items()
         keys = (
             "image_size", "patch_size", "num_channels", "hidden_act", "layer_norm_eps", "qkv_bias",
         )  # fmt: skip
-        lines = []
-        for name, config in others:
-            for key in keys:
-                a, b = getattr(base, key), getattr(config, key)
-                if a != b:
-                    lines.append(f"{key}: {first} has {a}, {name} has {b}")
-        return lines
+        return differences(configs, keys)
 
     @staticmethod
     def _patches(config: Any) -> int:
         return int((config.image_size // config.patch_size) ** 2)
-
-
-def _start(width: int) -> float:
-    return round(math.sqrt(2 / (5 * width)), 4)
 
 
 def _block(i: int) -> Block:
