@@ -45,7 +45,8 @@ def main() -> None:
     (RESULTS / "methods.md").write_text("\n".join(lines))
     record = asdict(found) | {"machine": machine()}
     (RESULTS / "methods.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    own, *others = [e for e in found.entries if e.kind != "parent"]
+    own = found.entry(found.own)
+    others = [e for e in found.entries if e.kind != "parent" and e is not own]
     claims = {}
     for other in others:
         for steps in found.budgets:

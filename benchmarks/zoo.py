@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slimfuse.data import ImageData, Split, load_digits, load_fashion_mnist
+from slimfuse.data import ImageData, Split, load_fashion_mnist
 from slimfuse.families import FAMILIES, Shape
 from slimfuse.finetune.distill import labels_loss
 from slimfuse.finetune.loop import Schedule, best_precision, fit, steps_of
@@ -88,30 +88,11 @@ def some_classes(seed: int, first: int, count: int = 5) -> Path:
     )  # fmt: skip
 
 
-def small_half(seed: int, half: int, samples: int = 2000) -> Path:
-    """Return a ViT trained on half of `samples` images; halves of a seed are disjoint."""
-    data = load_fashion_mnist()
-    split = data.train.sample(samples, 100 + seed).shard(half, 2, seed)
-    return vit(
-        f"half-{half}-seed-{seed}", data, split, WIDE, seed=2 * seed + half, epochs=40,
-        kinds=("shift", "flip"),
-    )  # fmt: skip
-
-
-def digits(seed: int) -> Path:
-    """Return a 64-wide, 4-deep ViT trained on half of the digits."""
-    data = load_digits()
-    return vit(
-        f"digits-{seed}", data, data.train.shard(1 + seed % 2, 2), Shape(64, 4, 128, 4),
-        seed=seed, epochs=60, batch_size=128, patch_size=2,
-    )  # fmt: skip
-
-
 def main() -> None:
     """Train what is named: `python benchmarks/zoo.py fashion:2 anchor:0 …`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="+", help="kind:argument,argument")
-    makers = {f.__name__: f for f in (fashion, anchor, some_classes, small_half, digits)}
+    makers = {f.__name__: f for f in (fashion, anchor, some_classes)}
     torch.set_num_threads(1)
     for model in parser.parse_args().models:
         kind, arguments = model.split(":")

@@ -47,8 +47,10 @@ def test_the_ladder_of_two_parents() -> None:
         "random start": ("random", ("b",), True),
         "self-fusion of best parent": ("refit", ("b", "_again"), False),
         "refit, random-weight parent": ("refit", ("_untrained",), False),
-        "random model + the same refit": ("random-refit", ("a", "b"), False),
+        "random model + the same refit": ("refit", ("a", "b"), False),
     }
+    assert {c.start for c in found if c.trains} == {"fused"}
+    assert next(c.start for c in found if "random model" in c.name) == "random-refit"
     for contender in found:
         one = contender.recipe
         assert one.baselines == ()
@@ -103,22 +105,24 @@ def test_the_interval_of_one_seed_is_wilsons() -> None:
 
 
 def test_the_lead_is_the_paired_t_interval() -> None:
-    first, other = [0.82, 0.80, 0.85], [0.70, 0.75, 0.72]
+    first, other = {0: 0.82, 1: 0.80, 2: 0.85}, {2: 0.72, 0: 0.70, 1: 0.75}
     found = lead(first, other)
-    paired = stats.ttest_rel(first, other).confidence_interval(0.95)
+    paired = stats.ttest_rel([0.82, 0.80, 0.85], [0.70, 0.75, 0.72]).confidence_interval(0.95)
     assert found is not None
     assert found == pytest.approx((0.1, paired.low, paired.high), rel=1e-9)
-    assert lead([0.8], [0.7]) is None
-    assert lead(first, other[:2]) is None  # refused in one seed: nothing to pair
+    assert lead({0: 0.8}, {0: 0.7}) is None
+    assert lead({0: 0.8, 1: 0.8}, {1: 0.7, 2: 0.7}) is None  # one seed in common
+    alike = lead({0: 0.9, 1: 0.5, 2: 0.6}, {1: 0.4, 2: 0.5})  # failed with seed 0: not counted
+    assert alike == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_the_table_shows_means_leads_and_refusals() -> None:
-    ours = Entry("refit, a + b", "method", {0: [0.5, 0.6], 10: [0.8, 0.8]})
-    random = Entry("random start", "method", {0: [0.1, 0.1], 10: [0.5, 0.6]})
-    parent = Entry("parent a", "parent", {0: [0.9, 0.92]})
-    text = markdown(
-        Comparison("x", (0, 1), (0, 10), 1234, (parent, ours, random), {"ot, a + b": "no anchor"})
-    )
+    ours = Entry("refit, a + b", "method", {0: {0: 0.5, 1: 0.6}, 10: {0: 0.8, 1: 0.8}})
+    random = Entry("random start", "method", {0: {0: 0.1, 1: 0.1}, 10: {0: 0.5, 1: 0.6}})
+    parent = Entry("parent a", "parent", {0: {0: 0.9, 1: 0.92}})
+    refused = {"ot, a + b": "no anchor"}
+    listed = (parent, ours, random)
+    text = markdown(Comparison("x", "refit, a + b", (0, 1), (0, 10), 1234, listed, refused))
     lines = text.splitlines()
     assert lines[0] == "# x: methods and controls at equal budgets"
     assert "1,234 test samples, seeds 0, 1" in text

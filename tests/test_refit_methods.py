@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from slimfuse.fuse import fits
 from slimfuse.fuse import refit as engine
 from slimfuse.fuse.cache import StreamCache
 from slimfuse.fuse.fits import Draw
+from slimfuse.fuse.gauge import aligned, average
 from slimfuse.fuse.labels import LabelUnion, MeanLogits
 from slimfuse.fuse.refit import Parent, Settings, refit
 from slimfuse.fuse.repair import repair
@@ -153,8 +155,8 @@ def test_streams_on_disk_give_the_same_model(vit: Any, monkeypatch: pytest.Monke
     kept = []
 
     class Filed(StreamCache):
-        def __init__(self) -> None:
-            super().__init__(limit=0)
+        def __init__(self, folder: Path | None) -> None:
+            super().__init__(limit=0, folder=folder)
 
         def close(self) -> None:
             kept.append(self.on_disk)
@@ -227,3 +229,30 @@ def test_the_head_follows_the_parents_weights(vit: Any) -> None:
     goals = MeanLogits([1.0, 3.0], 7)
     a, b = torch.ones(2, 7).double(), torch.zeros(2, 7).double()
     torch.testing.assert_close(goals([a, b]), torch.full((2, 7), 0.25).double())
+
+
+def test_a_canonical_model_is_left_untouched_by_its_own_parent(vit: Any) -> None:
+    """In one gauge the average of one parent is that parent: nothing is to be repaired."""
+    family, given = ViT(), images(48, seed=7)
+    parents = [Parent("a", vit)]
+    (reference,) = aligned(parents, family, lambda: given.split(16))
+    model = random_vit(seed=8)
+    average(parents, model, family, lambda: given.split(16))
+    parts = repair([reference], model, family, lambda: given.split(16))
+    assert {p.strength for p in parts} == {"untouched"}
+    assert gap(logits(model, images(9)), logits(vit, images(9))) < FUSED
+
+
+def test_one_sample_gives_a_finite_model(vit: Any) -> None:
+    family, target = ViT(), random_vit(seed=2)
+    refit([Parent("a", vit)], target, family, lambda: [images(1)], Settings(), n_batches=1)
+    assert all(bool(p.isfinite().all()) for p in target.parameters())
+
+
+def test_gradient_directions_of_all_parents_count(vit: Any) -> None:
+    other = moved(vit, maps_of(vit, ("resid",), permute))
+    half = ViT().narrow(vit.config, replace(ViT().shape(vit.config), hidden_size=9))
+    alone, both = (fuse(p, half, stream="gradient-pca")[1] for p in ([vit], [vit, other]))
+    # the same function twice: its directions, brought back, are its own
+    assert gap(both.stream.encode.T @ both.stream.encode, alone.stream.encode.T
+               @ alone.stream.encode) < 1e-6  # fmt: skip

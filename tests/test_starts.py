@@ -414,3 +414,22 @@ def test_a_run_of_the_published_method_with_many_baselines(
     lock = (run.folder / "recipe.lock.yaml").read_text()
     assert str(zoo) not in lock and "…/anchor" in lock and "anchor: " in lock.split("sha256")[1]
     assert (run.folder / "report.html").is_file()
+
+
+def test_the_unions_calibration_is_part_of_the_training(stages: Any) -> None:
+    parents = [{"name": "a", "from": "low"}, {"name": "b", "from": "high"}]
+
+    def key(samples: int) -> str:
+        data = {"source": "digits", "calibration": {"samples": samples}}
+        made = stages({"method": "random"}, parents=parents, data=data, finetune={"epochs": 0.2})
+        return str(made.finetune("fused").key)
+
+    assert key(70) != key(90)
+
+
+def test_the_control_of_a_gauge_average_is_refitted_like_it(stages: Any) -> None:
+    made = stages({"method": "gauge"}, SAME)
+    record = load_fusion(made.start("random-refit").path)
+    assert {p["part"] for p in record["repaired"]} >= {"q_proj", "fc1", "fc2", "classifier"}
+    plain = load_fusion(stages({"method": "refit"}, SAME).start("random-refit").path)
+    assert {p["part"] for p in plain["parts"]} == {"o_proj", "fc2", "classifier"}

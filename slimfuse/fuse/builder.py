@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from slimfuse.errors import SlimfuseError
 from slimfuse.families import Family
 from slimfuse.fuse import walk
 from slimfuse.fuse.cache import StreamCache
@@ -111,7 +112,7 @@ class Builder:
     def attention(self, index: int) -> None:
         """Build a block's attention."""
         block, union, members = self.layout.blocks[index], self.union, self.union.members(index)
-        if self.target.get_submodule(block.q).bias is None:
+        if self.target.get_submodule(block.q).bias is None and not self.norms_stay:
             assert not union.post_norm, "only a norm's shift stands for a reader's bias"
             # what it normalises is orthogonal to the ones, so they stand for a bias of the readers
             self.target.get_parameter(f"{block.attention_norm}.bias").fill_(1)
@@ -234,7 +235,10 @@ class Builder:
         """
         guess = gain.double()[:, None] * self.readbacks[parent]
         predicted = guess @ moments.cov("t")
-        scale = (moments.cov(f"n{site}", "t") * guess).sum() / (predicted * guess).sum()
+        own = (predicted * guess).sum()
+        if float(own) <= torch.finfo(own.dtype).tiny:  # what never varies says nothing of a scale
+            return 0 * guess
+        scale = (moments.cov(f"n{site}", "t") * guess).sum() / own
         return guess * scale
 
     # -- the two kinds of fit ---------------------------------------------------------------
@@ -361,14 +365,18 @@ class Builder:
     def _write(
         self, name: str, found: Fit, layer: int, variance: float, sources: Sources = ()
     ) -> None:
+        if not bool(found.weight.isfinite().all() and found.bias.isfinite().all()):
+            raise SlimfuseError(
+                f"the least squares of {name} have no finite answer",
+                hint="give more calibration samples; check the parents' activations for nan",
+            )
         module = self.target.get_submodule(name)
         assert isinstance(module.weight, Tensor)
         module.weight.copy_(found.weight)
         if isinstance(module.bias, Tensor):
             module.bias.copy_(found.bias)
-        scale = variance / 1.0
         left_out, kept = (
-            None if error is None else _share(error, scale)
+            None if error is None else _share(error, variance)
             for error in (found.left_out, found.kept)
         )
         part = name.rsplit(".", 1)[-1]

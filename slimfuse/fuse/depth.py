@@ -18,7 +18,8 @@ from slimfuse.families import Layout
 from slimfuse.fuse import walk
 
 Segments = tuple[range, ...]
-ROWS = 4096  # tokens that decide which depths are alike
+ROWS = 4096  # tokens that decide which depths are alike …
+SAMPLES = 16  # … from so many samples of each batch
 
 
 def match_depths(
@@ -128,9 +129,9 @@ def cka(x: Tensor, y: Tensor) -> float:
 def _sample(model: nn.Module, layout: Layout, batches: Iterable[Tensor]) -> list[Tensor]:
     """Return centred rows (≤ ROWS, d) of the stream before the first and after every block."""
     kept: list[list[Tensor]] = [[] for _ in range(len(layout.blocks) + 1)]
-    seen = 0
+    seen, samples = 0, SAMPLES
     for batch in batches:
-        for depth, x in enumerate(walk.streams(model, layout, batch)):
+        for depth, x in enumerate(walk.streams(model, layout, batch[:samples])):
             if depth % 2 == 0:
                 kept[depth // 2].append(walk.rows(x))
         seen += len(kept[0][-1])

@@ -60,9 +60,14 @@ def align(
 def aligned(
     parents: Sequence[Parent], family: Family, batches: Batches, importance: Tensor | None = None
 ) -> list[Parent]:
-    """Return the parents as models in the first one's gauge; their functions stay (`align`)."""
+    """Return the parents as canonical models in the first one's gauge (`align`).
+
+    Their functions stay.
+    """
     anchor, *others = parents
-    found = [anchor]
+    first = family.build(anchor.model.config).to(next(anchor.model.parameters()).dtype)
+    write(first, canonical(anchor.model, family))
+    found = [Parent(anchor.name, first, anchor.weight)]
     for other in others:
         state, _ = align(anchor.model, other.model, family, batches, importance=importance)
         model = family.build(other.model.config).to(next(other.model.parameters()).dtype)

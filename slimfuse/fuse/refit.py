@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ Batches = Callable[[], Iterable[Tensor]]
 class Settings:
     """How the stream is narrowed, which units stay, how hard the fits hold on to their priors.
 
-    ridge: relative to the mean diagonal; None: by leave-one-sequence-out. layers: the first
+    ridge: relative to the mean diagonal; None: by leave-one-sequence-out. layers: the deepest
     parent's blocks that each target block stands for; None: by similarity. solver: of the plans
     that `stream: ot` and `units: ot` ask for.
     """
@@ -74,6 +75,7 @@ def refit(
     n_batches: int,
     goals: Goals | None = None,
     random_features: bool = False,
+    scratch: Path | None = None,
 ) -> Fusion:
     """Write the fused weights into `target` and return what was done.
 
@@ -81,14 +83,15 @@ def refit(
     the same unlabelled inputs (batch, …) each time it is called. goals: what the head shall
     give, from the parents' logits (default: their weighted mean). random_features: the control
     that keeps the target's own embeddings, queries, keys, values and MLP inputs as they were
-    initialised and fits only what writes to the stream, and the head. Moments are float64, forward
+    initialised and fits only what writes to the stream, and the head. scratch: folder for streams
+    that don't fit into memory. Moments are float64, forward
     passes run in the models' own dtype. Source: fusion.md §3-5.
     """
     head = target.get_parameter(f"{family.layout(target.config).head}.weight")
     goals = goals if goals is not None else MeanLogits([p.weight for p in parents], len(head))
     layouts = [family.layout(p.model.config) for p in parents]
     depth = len(family.layout(target.config).blocks)
-    with torch.no_grad(), StreamCache() as cache:
+    with torch.no_grad(), StreamCache(folder=scratch) as cache:
         segments = match_depths([p.model for p in parents], layouts, depth, batches,
                                 settings.layers)  # fmt: skip
         union = Union(parents, family, segments)
@@ -102,7 +105,10 @@ def refit(
         joint = union.joint_stream(batches(), importance, rows, n_batches)
         common = consensus(joint, union.widths, weights, centred=not union.post_norm)
         width = family.shape(target.config).hidden_size
-        metric = found[0].directions if settings.stream == "gradient-pca" else None
+        metric = None
+        if settings.stream == "gradient-pca":  # x_p ≈ B_p y, so gradients come back by B_pᵀ
+            backs = zip(weights, found, common.readbacks, strict=True)
+            metric = torch.stack([w * back.T @ g.directions @ back for w, g, back in backs]).sum(0)
         narrow = stream_map(
             common.second, width, settings.stream, solver=settings.solver, metric=metric
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +29,15 @@ def repair(
     *,
     ridge: Ridge = None,
     goals: Goals | None = None,
+    scratch: Path | None = None,
 ) -> tuple[Part, ...]:
     """Refit every Linear of `model` in place and return what was done.
 
     Each layer is fitted, in order, from what the model itself feeds it to what the first reference
     computes there (writers to what is missing of its stream), about its own present weights; the
     head to `goals`, by default the mean logits of all references. With ridge None a layer that
-    leaving out finds best as it is stays untouched. Embeddings and norms stay. references: models
+    leaving out finds best as it is stays untouched. Embeddings, norms and readers without a bias
+    stay. references: models
     of the shape of `model` in one gauge (see `gauge`). Hidden layers that followed the mean of two
     trained models would follow none: 84 against 88 % (docs/decisions/0009).
     Source: fusion.md §8; with one reference RegMean's least squares (arXiv 2212.09849, eq. 3).
@@ -45,7 +49,7 @@ def repair(
     layouts = [family.layout(r.model.config) for r in references]
     depth = len(layouts[0].blocks)
     head = model.get_parameter(f"{layouts[0].head}.weight")
-    with torch.no_grad(), StreamCache() as cache:
+    with torch.no_grad(), StreamCache(folder=scratch) as cache:
         segments = tuple(range(i, i + 1) for i in range(depth))
         union = Union(references, family, [segments] * len(references))
         rows = count_rows(references[0].model, layouts[0], batches())
@@ -69,6 +73,12 @@ class _Repair(Builder):
     """A builder whose units are the references' own and whose priors are the model's."""
 
     norms_stay = True
+
+    def _fit_reader(self, index: int, part: str, *given: Any) -> None:
+        """Fit a reader that has a bias; one without leans on a norm that stays."""
+        module = self.target.get_submodule(getattr(self.layout.blocks[index], part))
+        if module.bias is not None:
+            super()._fit_reader(index, part, *given)
 
     def _choose_heads(self, members: Sequence[Member], cov: Tensor, scores: Scores) -> Choice:
         block = self.union.block(members[0])

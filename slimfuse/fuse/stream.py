@@ -160,6 +160,7 @@ def _cluster(second: Tensor, count: int) -> Tensor:
 
     values, vectors = torch.linalg.eigh(second)
     points = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    points = points / points.norm(dim=1, keepdim=True).clamp_min(1e-12)
     means = KMeans(count, n_init=4, random_state=0).fit(points.numpy())
     return torch.as_tensor(means.labels_, dtype=torch.long)
 

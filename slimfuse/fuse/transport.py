@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def fuse_by_transport(
     settings: TransportSettings,
     *,
     n_batches: int,
+    scratch: Path | None = None,
 ) -> TransportFusion:
     """Write W = w₀ W_anchor + Σ_p w_p W~_p into `target`; return the maps and the weights.
 
@@ -86,7 +88,7 @@ def fuse_by_transport(
             tell(done)
 
         for parent, weight in zip(parents, weights[1:], strict=True):
-            with StreamCache() as cache:
+            with StreamCache(folder=scratch) as cache:
                 move = Move(parent, anchor, family, settings, tick, cache)
                 for name, value in move.run(batches()).items():
                     fused[name] += weight * value

@@ -34,7 +34,7 @@ def check_methods(
             _check_average(method, where, parents, target, family)
         if method == "ot":
             _check_anchor(where, parents, family, anchor)
-        if method in REFITTING:
+        if method in (*REFITTING, "gauge"):
             _check_size(parents, target, family)
         if method in COPYING:
             _check_copy(method, where, parents, target, family)

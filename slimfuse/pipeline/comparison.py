@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -28,27 +28,36 @@ LEVEL = 0.95
 
 @dataclass
 class Entry:
-    """One line of the comparison: accuracies (0 … 1) by budget in steps, one a seed."""
+    """One line of the comparison: accuracies (0 … 1) by budget in steps and by seed."""
 
     name: str
     kind: str
-    accuracies: dict[int, list[float]] = field(default_factory=dict)
+    accuracies: dict[int, dict[int, float]] = field(default_factory=dict)
 
-    def add(self, steps: int, value: float) -> None:
+    def add(self, steps: int, seed: int, value: float) -> None:
         """Add one seed's figure."""
-        self.accuracies.setdefault(steps, []).append(value)
+        self.accuracies.setdefault(steps, {})[seed] = value
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every contender's figures; refused: contenders that can't be made, and why."""
+    """Every contender's figures; own: the name of the recipe's method among them.
+
+    refused: contenders that can't be made, and why.
+    """
 
     name: str
+    own: str
     seeds: tuple[int, ...]
     budgets: tuple[int, ...]
     samples: int
     entries: tuple[Entry, ...]
     refused: dict[str, str]
+
+    def entry(self, name: str) -> Entry:
+        """Return the line of this name, an empty one where it was refused."""
+        found = next((e for e in self.entries if e.name == name), None)
+        return found or Entry(name, "method")
 
 
 def compare(
@@ -94,9 +103,10 @@ def compare(
         torch.set_num_threads(job.threads)
         with store.lock():
             write_lock(lock_text(job), store)
-            _one_seed(job, store, budgets, entries, refused)
+            own = _one_seed(job, seed, store, budgets, entries, refused)
         done = tuple(seeds)[: seeds.index(seed) + 1]
-        result = Comparison(base.name, done, budgets, samples, tuple(entries.values()), refused)
+        listed = tuple(entries.values())
+        result = Comparison(base.name, own, done, budgets, samples, listed, refused)
         write_text(root / "compare.json", json.dumps(asdict(result), indent=1) + "\n")
         write_text(root / "compare.md", markdown(result))
     return result
@@ -116,13 +126,16 @@ def _comparable(loaded: Located) -> Recipe:
 
 def _one_seed(
     job: Job,
+    seed: int,
     store: Store,
     budgets: Sequence[int],
     entries: dict[str, Entry],
     refused: dict[str, str],
-) -> None:
+) -> str:
+    """Measure all contenders of one seed; return the name of the recipe's own method."""
+
     def note(name: str, kind: str, steps: int, value: float) -> None:
-        entries.setdefault(name, Entry(name, kind)).add(steps, value)
+        entries.setdefault(name, Entry(name, kind)).add(steps, seed, value)
         console.print(
             f"  {name}, {steps} steps: {value:.2%}" if steps else f"  {name}: {value:.2%}"
         )
@@ -136,21 +149,22 @@ def _one_seed(
         note("anchor", "parent", 0, stages.accuracy(stages.outputs(job.anchor).test).value)
     best = max(job.by_width, key=lambda p: scores[p.name])
     copy, untrained = stages.parent(best)[0].resolve(), _untrained(stages, best)
-    for contender in ladder(
-        pinned(job.recipe, job.proposal.shape), best.name, str(copy), str(untrained)
-    ):
+    recipe = pinned(job.recipe, job.proposal.shape)
+    contenders = ladder(recipe, best.name, str(copy), str(untrained))
+    for contender in contenders:
         name = contender.name
         try:
             prepared = prepare(contender.recipe, job.path)
             for steps in budgets if contender.trains else (0,):
                 own = Stages(_trained_for(prepared, steps), store, shared)
-                stage = own.finetune("fused") if steps else own.start("fused")
+                stage = own.finetune("fused") if steps else own.start(contender.start)
                 value = own.accuracy(own.scores(stage)).value
                 note(name, "method" if contender.trains else "control", steps, value)
         except UserError as error:
             refused[name] = error.what if error.got is None else f"{error.what} ({error.got})"
-        except SlimfuseError as error:  # one method's failure is a figure, not the end
-            refused[name] = f"failed: {error.what}"
+        except (SlimfuseError, RuntimeError) as error:  # a failure is a figure, not the end
+            refused[name] = f"failed with seed {seed}: {getattr(error, 'what', error)}"
+    return contenders[0].name
 
 
 def _trained_for(job: Job, steps: int) -> Job:
@@ -223,23 +237,25 @@ def interval(values: Sequence[float], samples: int) -> tuple[float, float, float
     return mean, mean - half, mean + half
 
 
-def lead(first: Sequence[float], other: Sequence[float]) -> tuple[float, float, float] | None:
-    """Return the mean paired difference first - other and its 95 % interval; None for one seed."""
-    if len(first) < 2 or len(first) != len(other):
-        return None
-    return interval([a - b for a, b in zip(first, other, strict=True)], 0)
+def lead(
+    first: Mapping[int, float], other: Mapping[int, float]
+) -> tuple[float, float, float] | None:
+    """Return the mean of first - other over common seeds and its 95 % interval; None for one."""
+    common = sorted(first.keys() & other.keys())
+    return None if len(common) < 2 else interval([first[s] - other[s] for s in common], 0)
 
 
 def markdown(result: Comparison) -> str:
     """Return the table: means over seeds ± half the 95 % interval, and each seed's figures."""
-    first = next(e for e in result.entries if e.kind == "method")
+    first = result.entry(result.own)
     heads = [f"{b} steps" if b else "one-shot" for b in result.budgets]
     lines = [
         f"# {result.name}: methods and controls at equal budgets",
         "",
         f"Accuracy in %, {result.samples:,} test samples, seeds {', '.join(map(str, result.seeds))}"
         "; ± is half the 95 % interval over seeds (Student's t; Wilson's for one seed). Behind, "
-        f"the lead of `{first.name}`, paired by seed.",
+        f"the lead of `{first.name}`, paired by seed. The best parent is the best on the test set, "
+        "which favours the methods that start from it alone.",
         "",
         f"| model | {' | '.join(heads)} |",
         f"| --- |{' --- |' * len(heads)}",
@@ -250,7 +266,7 @@ def markdown(result: Comparison) -> str:
     lines += ["", "Per seed:", ""]
     for entry in result.entries:
         each = "; ".join(
-            f"{b} steps: " + ", ".join(f"{100 * v:.2f}" for v in values)
+            f"{b} steps: " + ", ".join(f"{100 * v:.2f}" for v in values.values())
             for b, values in entry.accuracies.items()
         )
         lines.append(f"- {entry.name}: {each}")
@@ -262,11 +278,11 @@ def markdown(result: Comparison) -> str:
 
 def _cell(entry: Entry, first: Entry, budget: int, samples: int) -> str:
     values = entry.accuracies.get(budget)
-    if values is None:
+    if not values:
         return ""
-    mean, low, high = interval(values, samples)
+    mean, low, high = interval(list(values.values()), samples)
     text = f"{100 * mean:.2f} ± {50 * (high - low):.2f}"
-    ahead = None if entry is first else lead(first.accuracies.get(budget, []), values)
+    ahead = None if entry is first else lead(first.accuracies.get(budget, {}), values)
     if ahead is not None:
         text += f" ({100 * ahead[0]:+.2f}, {100 * ahead[1]:+.2f} … {100 * ahead[2]:+.2f})"
     return text

@@ -13,11 +13,15 @@ AGAIN, UNTRAINED = "_again", "_untrained"  # no recipe's parent can have these n
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to a start. trains: also finetuned, with every budget; else a one-shot control."""
+    """One way to a start. trains: also finetuned, with every budget; else a one-shot control.
+
+    start: the kind of start to ask the recipe's stages for.
+    """
 
     name: str
     recipe: Recipe
     trains: bool = True
+    start: str = "fused"
 
 
 def ladder(recipe: Recipe, best: str, copy: str, untrained: str) -> list[Contender]:
@@ -43,11 +47,15 @@ def ladder(recipe: Recipe, best: str, copy: str, untrained: str) -> list[Contend
             found.append(Contender(_title(method, [one]), _changed(recipe, method, [best])))
     again = _changed(_with(recipe, AGAIN, copy), own, [best, AGAIN])
     random = _changed(_with(recipe, UNTRAINED, untrained), own, [UNTRAINED])
+    controls = []
+    if own in ("refit", "gauge"):
+        same = _changed(recipe, own, fused)
+        controls.append(Contender("random model + the same refit", same, False, "random-refit"))
     return [
         *found,
         Contender(f"self-fusion of {one}", again, False),
         Contender(f"{own}, random-weight parent", random, False),
-        Contender("random model + the same refit", _changed(recipe, "random-refit", fused), False),
+        *controls,
     ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimfuse.fuse.gauge_maps import Alignment
-from slimfuse.fuse.refit import Fusion
+from slimfuse.fuse.refit import Fusion, Part
 from slimfuse.fuse.transport import TransportFusion
 
 
@@ -33,19 +33,24 @@ def refitted(fusion: Fusion, parents: list[str]) -> dict[str, Any]:
         },
         "segments": [[list(blocks) for blocks in parts] for parts in fusion.segments],
         "stream_errors": list(fusion.stream_errors),
-        "parts": [
-            {
-                "layer": p.layer,
-                "part": p.part,
-                "error": p.error,
-                "strength": _plain(p.strength),
-                "left_out": p.left_out,
-                "kept": p.kept,
-                "sources": p.sources,
-            }
-            for p in fusion.parts
-        ],
+        "parts": part_records(fusion.parts),
     }
+
+
+def part_records(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Return every fitted part: what it missed, how hard it held on, what it came from."""
+    return [
+        {
+            "layer": p.layer,
+            "part": p.part,
+            "error": p.error,
+            "strength": _plain(p.strength),
+            "left_out": p.left_out,
+            "kept": p.kept,
+            "sources": p.sources,
+        }
+        for p in parts
+    ]
 
 
 def averaged(found: Sequence[Alignment], parents: list[str]) -> dict[str, Any]:

@@ -124,6 +124,13 @@ def compress(
         return _run(job, store, planned, _command(path, overrides, out))
 
 
+def has_control(job: BaseJob) -> bool:
+    """Whether the start is refitted, and what that makes of a random model isn't asked anyway."""
+    fuse = job.recipe.fuse
+    refits = fuse.method == "refit" or (fuse.method == "gauge" and getattr(fuse, "refit", True))
+    return refits and CONTROL not in job.recipe.baselines
+
+
 CONTROL = "random-refit"
 """The control that stands beside every refit's one-shot figure."""
 
@@ -151,8 +158,7 @@ def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
     say("fused, before any training", measured["fused"])
 
     control = None
-    refits = job.recipe.fuse.method in ("refit", "gauge")
-    if isinstance(stages, Stages) and refits and CONTROL not in job.recipe.baselines:
+    if isinstance(stages, Stages) and has_control(job):
         control = stages.start(CONTROL)
         measured[CONTROL] = stages.accuracy(stages.scores(control))
         say("control: a random model with the same refit", measured[CONTROL])
@@ -220,8 +226,8 @@ def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
             job=job, plan=planned, command=command, measured=measured, parents=parents,
             anchor=anchor, parity={**parent_parity, "onnx": parity}, fused=fused,
             control=control, finetuned=finetuned, baselines=baselines, starts=starts,
-            exported=exported, int8=int8, int8_dropped=int8 is not shipped, latency=latency, lock=lock_of(job),
-            timings=store.timings(), batches=batches,
+            exported=exported, int8=int8, int8_dropped=int8 is not shipped, latency=latency,
+            lock=lock_of(job), timings=store.timings(), batches=batches,
             scores={name: stages.outputs(p).test for name, p in _named(job).items()}
             | {"finetuned": stages.scores(finetuned)},
         )

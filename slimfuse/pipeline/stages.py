@@ -146,6 +146,8 @@ class BaseStages(ABC):
             "teachers": [[t.name, t.weight, self.parent(t)[1]] for t in teachers],
             "precision": self.job.precision,
         }
+        if self.teaching.mixed(teachers):  # their union is fitted on the calibration samples
+            inputs["calibration"] = self.job.recipe.data.calibration.model_dump(mode="json")
 
         def build(folder: Path) -> None:
             model = self.job.family.load(start.path, attention="eager")
@@ -238,6 +240,8 @@ class Stages(BaseStages):
                 "calibration": calibration.model_dump(mode="json"),
                 "anchor": anchor and anchor[1],
             }
+        if method == "random-refit":
+            inputs["of"] = recipe.fuse.method
         if method != "random":
             inputs["parents"] = [[p.name, p.weight, key, p.places] for p, _, key in parents]
         inputs["seed"] = recipe.runtime.seed
@@ -257,7 +261,9 @@ class Stages(BaseStages):
                 n_batches=len(chunks),
                 fuse=fuse,
                 anchor=lambda: family.load(anchor[0] if anchor else ""),
-                goals=self.teaching.goals(jobs, [q.model for q in loaded]),
+                goals=lambda: self.teaching.goals(jobs, [q.model for q in loaded]),
+                own=recipe.fuse.method,
+                scratch=folder,
             )
             record = METHODS[method](given)
             save_fusion(record | {"method": method}, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from slimfuse.fuse.refit import Settings, count_rows, refit
 from slimfuse.fuse.repair import repair
 from slimfuse.fuse.transport import TransportSettings, fuse_by_transport
 from slimfuse.fuse.union import Parent
-from slimfuse.pipeline.fusion_record import averaged, refitted, transported
-from slimfuse.recipe import Fuse, Plans
+from slimfuse.pipeline.fusion_record import averaged, part_records, refitted, transported
+from slimfuse.recipe import Fuse, Method, Plans
 from slimfuse.transport import Solver
 
 DEFAULT_REG = 0.05
@@ -33,8 +34,8 @@ class Ingredients:
     """What a method may use.
 
     parents: the widest first; batches: unlabelled calibration inputs, the same each time; anchor:
-    opens the trained narrow model of `fuse.ot.anchor`; goals: of the head, None for the mean of
-    the parents' logits.
+    opens the trained narrow model of `fuse.ot.anchor`; goals: returns those of the head, None for
+    the mean of the parents' logits; own: the recipe's method; scratch: a folder that is emptied.
     """
 
     parents: list[Parent]
@@ -44,7 +45,9 @@ class Ingredients:
     n_batches: int
     fuse: Fuse
     anchor: Callable[[], nn.Module]
-    goals: Goals | None
+    goals: Callable[[], Goals | None]
+    own: Method
+    scratch: Path
 
     @property
     def first(self) -> nn.Module:
@@ -83,36 +86,57 @@ def by_refit(given: Ingredients) -> Record:
     """Fuse by least squares, block by block (fusion.md §3-5)."""
     fusion = refit(
         given.parents, given.target, given.family, given.batches, settings_of(given.fuse),
-        n_batches=given.n_batches, goals=given.goals,
+        n_batches=given.n_batches, goals=given.goals(), scratch=given.scratch,
     )  # fmt: skip
     return refitted(fusion, [p.name for p in given.parents])
 
 
 def by_gauge(given: Ingredients) -> Record:
     """Average in common coordinates, refit the average, narrow it (fusion.md §8)."""
-    fuse, family, parents = given.fuse, given.family, given.parents
-    whole = given.target if given.same_shape else family.build(given.first.config)
-    settings = settings_of(fuse)
-    models = [p.model for p in parents]
-    layouts = [family.layout(m.config) for m in models]
-    rows = count_rows(models[0], layouts[0], given.batches())
-    importance = all_depths_importance(models, layouts, given.batches, TOKENS / rows)
+    fuse, parents, whole = given.fuse, given.parents, _whole(given)
+    importance = _importance(given)
     found = average(
-        parents, whole, family, given.batches, alignment=fuse.alignment,
+        parents, whole, given.family, given.batches, alignment=fuse.alignment,
         effective_units=fuse.ot.effective_units or SOFT_UNITS, importance=importance,
     )  # fmt: skip
     record = averaged(found, [p.name for p in parents])
     if fuse.refit:
-        references = aligned(parents, family, given.batches, importance)
-        repair(references, whole, family, given.batches, ridge=settings.ridge, goals=given.goals)
+        record |= _repaired(given, whole, importance)
+    return _narrowed(given, whole, importance) | record
+
+
+def _whole(given: Ingredients) -> nn.Module:
+    """Return the target, or a random model of the parents' shape that is narrowed to it."""
+    return given.target if given.same_shape else given.family.build(given.first.config)
+
+
+def _importance(given: Ingredients) -> Tensor:
+    models = [p.model for p in given.parents]
+    layouts = [given.family.layout(m.config) for m in models]
+    rows = count_rows(models[0], layouts[0], given.batches())
+    return all_depths_importance(models, layouts, given.batches, TOKENS / rows)
+
+
+def _repaired(given: Ingredients, whole: nn.Module, importance: Tensor) -> Record:
+    references = aligned(given.parents, given.family, given.batches, importance)
+    parts = repair(
+        references, whole, given.family, given.batches, ridge=settings_of(given.fuse).ridge,
+        goals=given.goals(), scratch=given.scratch,
+    )  # fmt: skip
+    return {"repaired": part_records(parts)}
+
+
+def _narrowed(given: Ingredients, whole: nn.Module, importance: Tensor) -> Record:
     if whole is given.target:
-        return record
-    if not fuse.refit:
-        reduce(whole, given.target, family, given.batches, importance=importance)
-        return record
-    alone = [Parent("average", whole)]
-    fusion = refit(alone, given.target, family, given.batches, settings, n_batches=given.n_batches)
-    return refitted(fusion, ["average"]) | record
+        return {}
+    if not given.fuse.refit:
+        reduce(whole, given.target, given.family, given.batches, importance=importance)
+        return {}
+    fusion = refit(
+        [Parent("average", whole)], given.target, given.family, given.batches,
+        settings_of(given.fuse), n_batches=given.n_batches, scratch=given.scratch,
+    )  # fmt: skip
+    return refitted(fusion, ["average"])
 
 
 def by_transport(given: Ingredients) -> Record:
@@ -128,7 +152,7 @@ def by_transport(given: Ingredients) -> Record:
     )  # fmt: skip
     fusion = fuse_by_transport(
         given.parents, anchor, given.target, given.family, given.batches, settings,
-        n_batches=given.n_batches,
+        n_batches=given.n_batches, scratch=given.scratch,
     )  # fmt: skip
     return transported(fusion, [p.name for p in given.parents])
 
@@ -166,10 +190,17 @@ def at_random(_given: Ingredients) -> Record:
 
 
 def by_random_features(given: Ingredients) -> Record:
-    """Refit the writers and the head of a random model: what the refit alone is good for."""
+    """Give a random model the same refit as the recipe's method: what that alone is good for.
+
+    Beside `gauge` the whole model is refitted like its average; else the writers and the head.
+    """
+    if given.own == "gauge":
+        importance, whole = _importance(given), _whole(given)
+        record = _repaired(given, whole, importance)
+        return _narrowed(given, whole, importance) | record
     fusion = refit(
         given.parents, given.target, given.family, given.batches, settings_of(given.fuse),
-        n_batches=given.n_batches, goals=given.goals, random_features=True,
+        n_batches=given.n_batches, goals=given.goals(), scratch=given.scratch, random_features=True,
     )  # fmt: skip
     return refitted(fusion, [p.name for p in given.parents])
 
