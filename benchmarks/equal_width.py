@@ -71,7 +71,7 @@ def pair(seed: int, out: Path) -> dict[str, float]:
     importance = all_depths_importance(models, layouts, given(256))
     score("plain average", built(alignment="none"))
     score("permutation OT", built(alignment="permutation", importance=importance))
-    score("soft OT, 8 units", built(alignment="soft", effective_units=8, importance=importance))
+    score("soft OT, 8 units", built(alignment="soft", importance=importance))
     gauge = built(alignment="gauge", importance=importance)
     score("gauge", gauge)
     references = aligned(parents, FAMILY, given(CALIBRATION), importance)

@@ -333,7 +333,7 @@ def test_a_softness_that_a_space_cant_have_is_told_with_its_map(vit: Any) -> Non
     solver = Solver("sinkhorn", effective_units=16.0)
     with pytest.raises(UserError, match="can't be solved") as raised:
         fused([vit], vit, solver=solver)
-    assert raised.value.where == "map stream.0 of p0"  # 15 units mix at most 15
+    assert raised.value.where == "fuse.ot" and "stream.0 of p0" in raised.value.what  # 15 at most
 
 
 # -- the parts ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from slimfuse.fuse.gauge import align, average
 from slimfuse.fuse.gauge_maps import procrustes, rotation_map, turn_stream
 from slimfuse.fuse.union import Parent
 from slimfuse.spaces import NestedMap, transform
+from slimfuse.transport import Solver
 
 FAMILY = ViT()
 EXACT = {"rtol": 0, "atol": 1e-10}  # exact identities in float64; logits are of order 1
@@ -166,7 +167,12 @@ def test_softer_transport_mixes_more() -> None:
     gaps = []
     for units in (2.0, 6.0):
         found = average(
-            parents, target, FAMILY, lambda: [images(40)], alignment="soft", effective_units=units
+            parents,
+            target,
+            FAMILY,
+            lambda: [images(40)],
+            alignment="soft",
+            solver=Solver("sinkhorn", effective_units=units),
         )
         gaps.append(float((logits(target, x) - logits(model, x)).abs().max()))
         mlp = found[0].maps["mlp.0"]

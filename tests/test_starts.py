@@ -12,6 +12,8 @@ from tiny_run import SHAPE, TRAIN, events, recipe, save_parent, write_recipe
 from torch import Tensor
 
 from slimfuse.errors import ParentError, ShapeError, UserError
+from slimfuse.families import ViT
+from slimfuse.fuse.refit import Parent, Settings, refit
 from slimfuse.fuse.transport_policies import TransportSettings
 from slimfuse.pipeline import compress, package
 from slimfuse.pipeline import run as story
@@ -433,3 +435,29 @@ def test_the_control_of_a_gauge_average_is_refitted_like_it(stages: Any) -> None
     assert {p["part"] for p in record["repaired"]} >= {"q_proj", "fc1", "fc2", "classifier"}
     plain = load_fusion(stages({"method": "refit"}, SAME).start("random-refit").path)
     assert {p["part"] for p in plain["parts"]} == {"o_proj", "fc2", "classifier"}
+
+
+@pytest.mark.parametrize("key", ["stream", "units"])
+def test_a_softness_that_cannot_be_had_is_the_recipes_error(stages: Any, key: str) -> None:
+    made = stages({key: "ot", "ot": {"solver": "sinkhorn", "effective_units": 1000.0}})
+    with pytest.raises(UserError, match="can't be solved as asked"):
+        made.start("fused")
+
+
+def test_a_parent_that_says_nothing_is_refused(zoo: Path, tmp_path: Path) -> None:
+    family = ViT()
+    good, dead = (family.load(zoo / "slim") for _ in range(2))
+    with torch.no_grad():
+        for p in dead.parameters():
+            p.zero_()
+    target = family.build(good.config)
+    pixels = torch.randn(40, 3, *[good.config.image_size] * 2)
+    with pytest.raises(ParentError, match="nought"):
+        refit([Parent("a", good), Parent("b", dead)], target, family, lambda: [pixels],
+              Settings(), n_batches=1)  # fmt: skip
+    with torch.no_grad():
+        dead.classifier.bias[0] = float("nan")
+    dead.save_pretrained(tmp_path / "nan")
+    with pytest.raises(ParentError, match="nan or inf") as caught:
+        family.load(tmp_path / "nan")
+    assert "classifier.bias" in str(caught.value.got)

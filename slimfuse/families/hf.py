@@ -119,6 +119,14 @@ def read_model(
             got="; ".join(f"{k}: {v}" for k, v in wrong.items()),
             hint=f"fine-tune and save it as {stock.__name__} first",
         )
+    broken = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    if broken:
+        raise ParentError(
+            "the parent's weights hold nan or inf",
+            where=str(folder),
+            got=", ".join(broken[:5]),
+            hint="take an earlier checkpoint of its training",
+        )
     loaded: nn.Module = model.eval()
     return loaded
 

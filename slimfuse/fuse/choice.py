@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from slimfuse.fuse.greedy import greedy_groups
+from slimfuse.fuse.plans import planned
 from slimfuse.fuse.solve import decoder, reduce_scores, reduce_values, roots
 from slimfuse.fuse.union import Member, Union
 from slimfuse.saliency import magnitude
 from slimfuse.spaces import LinearMap, NestedMap, identity
 from slimfuse.spaces.transform import axis_matrix
-from slimfuse.transport import Solver, from_assignment, masses, solve, standardised_cost
+from slimfuse.transport import Solver, from_assignment, masses, standardised_cost
 
 Units = Literal["cholesky", "magnitude", "saliency", "ot", "cluster"]
 Heads = Literal["drop", "merge"]
@@ -112,7 +113,7 @@ def _merged(cov: Tensor, out: Tensor, order: list[int], settings: Choosing) -> T
     mass = masses((variance * out.square().sum(0)).sqrt())  # √saliency, saliency.md
     if settings.units == "ot":
         cost = standardised_cost(cov[:, order], variance, variance[order])
-        plan = solve(cost, solver=settings.solver).plan
+        plan = planned("MLP units", cost, settings.solver).plan
     else:
         from sklearn.cluster import KMeans
 

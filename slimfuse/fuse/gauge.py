@@ -14,10 +14,12 @@ from slimfuse.families import Family
 from slimfuse.fuse.canonical import State, canonical, check_symmetry, write
 from slimfuse.fuse.gauge_maps import Alignment, Match, assign, gauge_maps, match_maps
 from slimfuse.fuse.gauge_stats import meet
+from slimfuse.fuse.plans import planned
 from slimfuse.fuse.union import Parent
 from slimfuse.spaces import AxisMap, transform
 from slimfuse.transport import Solver, solve
 
+SOFT_UNITS = 8.0  # plans of fewer units converge slowly
 Mode = Literal["none", "permutation", "soft", "gauge"]
 Batches = Callable[[], Iterable[Tensor]]
 
@@ -83,7 +85,7 @@ def average(
     batches: Batches,
     *,
     alignment: Mode = "gauge",
-    effective_units: float = 2.0,
+    solver: Solver | None = None,
     importance: Tensor | None = None,
 ) -> list[Alignment]:
     """Write the weighted mean of the parents' parameters into `target`, aligned to the first.
@@ -91,16 +93,16 @@ def average(
     parents and target have one shape; batches gives the same unlabelled inputs each time.
     alignment: "gauge" (canonical form, whole symmetry); the controls of published work, on the
     parameters as they are: "none", "permutation" (units to units, exact transport) and "soft"
-    (entropic transport with `effective_units` of a parent's units per unit of the anchor's;
-    writers move by push, readers by pull). Returns one alignment for each further parent, none
-    for "none". Source: fusion.md §8; arXiv 2310.05719, 1910.05653.
+    (transport by `solver`, default entropic with 8 units of a parent per unit of the anchor's, or
+    what the space allows; writers move by push, readers by pull). Returns one alignment
+    for each further parent, none for "none". Source: fusion.md §8; arXiv 2310.05719, 1910.05653.
     """
     anchor, *others = (p.model for p in parents)
     for model in (*others, target):
         _check_shapes(anchor, model, family)
     layout, atlas = family.layout(anchor.config), family.atlas(anchor.config)
     dims = family.head_dims(anchor.config)
-    match: Match = assign if alignment == "permutation" else partial(_soft, effective_units)
+    match: Match = assign if alignment == "permutation" else partial(_soft, solver)
     found: list[Alignment] = []
     states = [canonical(anchor, family) if alignment == "gauge" else _float64(anchor)]
     for other in others:
@@ -128,12 +130,14 @@ def average(
     return found
 
 
-def _soft(effective_units: float, similarity: Tensor) -> AxisMap:
+def _soft(solver: Solver | None, similarity: Tensor) -> AxisMap:
+    cost = 2 * (1 - similarity)
+    if solver is not None:
+        return planned("an alignment", cost, solver)
     softest = len(similarity) - 0.5  # at n units the plan is uniform, which no regulariser gives
-    if min(effective_units, softest) <= 1:
+    if min(SOFT_UNITS, softest) <= 1:
         return assign(similarity)
-    solver = Solver(kind="sinkhorn", effective_units=min(effective_units, softest))
-    return solve(2 * (1 - similarity), solver=solver)
+    return solve(cost, solver=Solver("sinkhorn", effective_units=min(SOFT_UNITS, softest)))
 
 
 def _float64(model: nn.Module) -> State:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slimfuse.errors import ParentError
 from slimfuse.families import Family, Layout
 from slimfuse.fuse import walk
 from slimfuse.fuse.builder import Builder, Part
@@ -103,6 +104,7 @@ def refit(
         ]
         importance = token_weights(found, weights)
         joint = union.joint_stream(batches(), importance, rows, n_batches)
+        _check_alive(parents, joint, union.widths)
         common = consensus(joint, union.widths, weights, centred=not union.post_norm)
         width = family.shape(target.config).hidden_size
         metric = None
@@ -124,6 +126,18 @@ def refit(
     return Fusion(
         common, narrow, tuple(builder.parts), tuple(builder.stream_errors), union.segments
     )
+
+
+def _check_alive(parents: Sequence[Parent], joint: Tensor, widths: Sequence[int]) -> None:
+    """Raise ParentError for a parent whose stream is the same everywhere, or not finite."""
+    energies = [float(part.sum()) for part in joint.diagonal().split(list(widths))]
+    for parent, energy in zip(parents, energies, strict=True):
+        if not 0 < energy < float("inf"):
+            raise ParentError(
+                "the parent's activations are nought or not finite",
+                where=f"parents.{parent.name}",
+                hint="check that it is trained and whole: it has nothing to give",
+            )
 
 
 def build_blocks(builder: Builder, depth: int) -> None:

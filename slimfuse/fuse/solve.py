@@ -16,8 +16,12 @@ def ridge(cross: Tensor, gram: Tensor, prior: Tensor, strength: float) -> Tensor
     """
     damp = strength * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     eye = torch.eye(len(gram), dtype=gram.dtype)
-    factor = torch.linalg.cholesky(gram + damp * eye)
-    solution: Tensor = torch.cholesky_solve((cross + damp * prior).T, factor)
+    goal = cross + damp * prior
+    factor, failed = torch.linalg.cholesky_ex(gram + damp * eye)
+    if int(failed):  # a ridge below the rounding of gram leaves it singular
+        inverse: Tensor = torch.linalg.pinv(gram + damp * eye, hermitian=True)
+        return goal @ inverse
+    solution: Tensor = torch.cholesky_solve(goal.T, factor)
     return solution.T
 
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from slimfuse.fuse.greedy import greedy_groups
+from slimfuse.fuse.plans import planned
 from slimfuse.fuse.solve import RANK_TOLERANCE, decoder, roots
-from slimfuse.transport import Solver, TransportMap, from_assignment, solve, standardised_cost
+from slimfuse.transport import Solver, TransportMap, from_assignment, standardised_cost
 
 EXACT = Solver()
+TINY = torch.finfo(torch.float64).tiny
 METRIC_FLOOR = 1e-2  # of its mean diagonal: no direction is free
 
 StreamMethod = Literal["pca", "gradient-pca", "select", "ot", "cluster"]
@@ -77,7 +79,8 @@ def consensus(
     backs, trusted, agreement = [], [], []
     for part, weight, own in zip(parts, weights, projects, strict=True):
         back = own if part is anchor else joint[anchor, part] @ _pinv(joint[part, part]) @ own
-        explained = (back @ joint[part, part] @ back.T).trace() / joint[anchor, anchor].trace()
+        whole = joint[anchor, anchor].trace().clamp_min(TINY)
+        explained = (back @ joint[part, part] @ back.T).trace() / whole
         agreement.append(float(explained))
         backs.append(back)
         trusted.append(weight * agreement[-1] ** 2)
@@ -107,7 +110,7 @@ def stream_map(
     """
     values, vectors = torch.linalg.eigh(second)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    energy = values / values.sum()
+    energy = values / values.sum().clamp_min(TINY)
     plan: TransportMap | None = None
     if method == "pca":
         top = vectors[:, : width - 1]
@@ -125,7 +128,7 @@ def stream_map(
             encode = torch.eye(len(second), dtype=torch.float64)[chosen]
         elif method == "ot":
             cost = standardised_cost(second[:, chosen], variance, variance[chosen])
-            plan = solve(cost, solver=solver)
+            plan = planned("the stream", cost, solver)
             encode = plan.push.T
         else:
             plan = from_assignment(_cluster(second, width), width)
@@ -133,7 +136,7 @@ def stream_map(
         decode = decoder(second, encode.T)
     left = second - decode @ encode @ second
     left = left - (left @ encode.T) @ decode.T
-    kept = 1 - float(left.trace().clamp_min(0) / second.trace())
+    kept = 1 - float(left.trace().clamp_min(0) / second.trace().clamp_min(TINY))
     return StreamMap(encode, decode, energy, kept, plan)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimfuse.errors import UserError
 from slimfuse.families import Block, Family
 from slimfuse.fuse.cache import StreamCache
+from slimfuse.fuse.plans import unsolvable
 from slimfuse.fuse.transport_heads import (
     contribution_similarity,
     head_masses,
@@ -215,12 +215,7 @@ class Move:
                 return self._keep(name, solve(cost, mu, nu, solver))
             return self._keep(name, units_in_heads(cost, mu, nu, heads, solver))
         except ValueError as error:  # a softness that this space, or a head of it, can't have
-            raise UserError(
-                "a transport plan can't be solved as asked",
-                where=f"map {name} of {self.name}",
-                got=str(error),
-                hint="ask for other effective_units, or give reg, which every space can have",
-            ) from error
+            raise unsolvable(f"{name} of {self.name}", error) from error
 
     def _keep(self, name: str, tmap: TransportMap) -> TransportMap:
         self.records.append(record(self.name, name, tmap))

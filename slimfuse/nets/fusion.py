@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from slimfuse.errors import DataError, ParentError, ShapeError
+from slimfuse.errors import DataError, ParentError, ShapeError, UserError
 from slimfuse.nets.costs import Traced, activation_costs, doubles, like, traced, weight_costs
 from slimfuse.nets.graph import BATCH_NORMS, some
 from slimfuse.spaces import transform
@@ -71,7 +71,15 @@ def fuse_nets(
         maps: dict[str, TransportMap] = {}
         for space in one.graph.atlas.free:
             found = costs[i][space] if costs else weight_costs(one, ours, space, maps)
-            maps[space] = solve(found, solver=solver or Solver())
+            try:
+                maps[space] = solve(found, solver=solver or Solver())
+            except ValueError as error:
+                raise UserError(
+                    f"the transport plan of {space} can't be solved as asked",
+                    where="fuse.ot",
+                    got=str(error),
+                    hint="ask for other effective_units, or give reg",
+                ) from error
         results.append(maps)
     # an anchor of its own comes last in the shares, a parent that serves as one first
     at = 0 if anchor is None else len(others)

@@ -7,6 +7,7 @@ import copy
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from slimfuse.errors import ShapeError
 from slimfuse.nets.graph import graph_of
 from slimfuse.nets.zoo import Config, build, narrow
 
@@ -23,6 +24,13 @@ def prune(net: nn.Module, example: Tensor, ratio: float) -> nn.Module:
         slim, example, importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=ratio,
         ignored_layers=[head], forward_fn=lambda m, x: m(x),
     ).step()  # fmt: skip
+    if ratio > 0 and _sizes(slim) == _sizes(net):
+        raise ShapeError(
+            "nothing is left to prune at this ratio: a layer would lose all its units",
+            where="pruned.ratio",
+            got=ratio,
+            hint="take a smaller ratio",
+        )
     return slim.eval()
 
 
@@ -30,3 +38,7 @@ def pruned_config(config: Config, example: Tensor, ratio: float) -> Config:
     """Return the config of a net of `config` after `prune`; sizes don't depend on its weights."""
     atlas = graph_of(prune(build(config), example, ratio), example).atlas
     return narrow(config, [atlas.spaces[space].size for space in atlas.free])
+
+
+def _sizes(net: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(p.shape) for p in net.parameters()]

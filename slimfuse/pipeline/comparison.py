@@ -229,7 +229,7 @@ def interval(values: Sequence[float], samples: int) -> tuple[float, float, float
     from scipy.stats import binomtest, t
 
     mean = sum(values) / len(values)
-    if len(values) == 1:
+    if samples and len(set(values)) == 1:  # one seed, or a model that no seed changes
         found = binomtest(round(mean * samples), samples).proportion_ci(method="wilson")
         return mean, float(found.low), float(found.high)
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
@@ -253,7 +253,8 @@ def markdown(result: Comparison) -> str:
         f"# {result.name}: methods and controls at equal budgets",
         "",
         f"Accuracy in %, {result.samples:,} test samples, seeds {', '.join(map(str, result.seeds))}"
-        "; ± is half the 95 % interval over seeds (Student's t; Wilson's for one seed). Behind, "
+        "; ± is half the 95 % interval over seeds (Student's t, wide for few seeds; Wilson's over "
+        "the samples for one seed or a model that is the same with all). Behind, "
         f"the lead of `{first.name}`, paired by seed. The best parent is the best on the test set, "
         "which favours the methods that start from it alone.",
         "",

@@ -195,6 +195,13 @@ def _warnings(m: Measurements, latencies: list[dict[str, Any]]) -> list[str]:
     noisy = sorted({entry["name"] for entry in latencies if entry["noisy"]})
     if noisy:
         out.append(f"the machine was busy while timing {', '.join(noisy)}: measure again")
+    names = m.job.recipe.fuse.parents or [p.name for p in m.job.parents]
+    known = {i for p in m.job.parents if p.name in names for i in p.places}
+    if len(known) < len(m.job.data.classes):
+        out.append(
+            f"the fused parents know {len(known)} of {len(m.job.data.classes)} classes: the others "
+            "can come from finetuning only"
+        )
     if m.int8_dropped:
         drop = m.measured["onnx"].value - m.measured["onnx-int8"].value
         out.append(

@@ -121,7 +121,11 @@ def compress(
     torch.set_num_threads(job.threads)
     with store.lock():
         write_lock(lock, store)
-        return _run(job, store, planned, _command(path, overrides, out))
+        try:
+            return _run(job, store, planned, _command(path, overrides, out))
+        except UserError as error:  # one that only the work could show
+            error.where = loaded.locate(error.where)
+            raise
 
 
 def has_control(job: BaseJob) -> bool:

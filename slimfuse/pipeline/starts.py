@@ -25,7 +25,6 @@ from slimfuse.recipe import Fuse, Method, Plans
 from slimfuse.transport import Solver
 
 DEFAULT_REG = 0.05
-SOFT_UNITS = 8.0  # entropic plans of fewer units converge slowly
 Record = dict[str, Any]
 
 
@@ -97,7 +96,7 @@ def by_gauge(given: Ingredients) -> Record:
     importance = _importance(given)
     found = average(
         parents, whole, given.family, given.batches, alignment=fuse.alignment,
-        effective_units=fuse.ot.effective_units or SOFT_UNITS, importance=importance,
+        solver=None if fuse.ot.solver == "emd" else solver_of(fuse.ot), importance=importance,
     )  # fmt: skip
     record = averaged(found, [p.name for p in parents])
     if fuse.refit:

@@ -288,6 +288,8 @@ class Fuse(Strict):
             "alignment": ("gauge",),
             "refit": ("gauge",),
         }
+        if method == "gauge" and raw.get("refit") is False:
+            owners |= dict.fromkeys(("stream", "units", "heads"), ("refit",))
         for key, methods in owners.items():
             default = cls.model_fields[key].default
             if method not in methods and raw.get(key, default) != default:

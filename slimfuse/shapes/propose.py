@@ -216,7 +216,7 @@ def _unreachable(wish: Wish, budget: Budget, smallest: Shape, meter: Meter) -> S
     kept = _listed([a for a in fixed if wish.given(a) is None], "or")
     ways = ["raise the budget"]
     ways += [f"leave out {given}"] if given else []
-    ways += [f"name {kept} in target.free"] if kept else []
+    ways += [f"name {kept} in target.budget.free"] if kept else []
     return ShapeError(
         f"no legal shape meets the budget: even the smallest ({smallest}) is over it",
         where=f"target.budget.{budget.kind}",

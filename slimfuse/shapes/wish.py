@@ -88,7 +88,7 @@ class Wish:
         if unknown:
             raise ShapeError(
                 "there is no such size to shrink",
-                where="target.free",
+                where="target.budget.free",
                 got=", ".join(unknown),
                 allowed=", ".join(AXES),
             )
@@ -98,7 +98,7 @@ class Wish:
                 where="target.budget",
                 got="; ".join(f"{a} {self.given(a)}" for a in self.free) or "no free size",
                 allowed="one of the free sizes not given",
-                hint="leave one of them out, or name another in target.free",
+                hint="leave one of them out, or name another in target.budget.free",
             )
 
     def given(self, axis: str) -> int | float | None:
