@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-import torch
 from common import machine, settle, write
-from variants import measure, rows
+from variants import measure, parsed, rows, seeded
 from zoo import some_classes
 
 RECIPE = Path("recipes/vit/fashion-mnist.yaml")
@@ -22,9 +20,7 @@ def one(seed: int, threads: int) -> dict[str, float]:
     low, high = some_classes(seed, 0), some_classes(seed, 5)
     shared = (
         f"parents=[{{name: low, from: {low}}}, {{name: high, from: {high}}}]",
-        f"runtime.threads={threads}", f"runtime.seed={seed}", f"finetune.seed={seed}",
-        f"data.calibration.seed={seed}", "finetune.distill={hardness: 1.0, temperature: 2.0}",
-        "gates=[]",
+        *seeded(seed, threads), "finetune.distill={hardness: 1.0, temperature: 2.0}",
     )  # fmt: skip
     return measure(
         RECIPE,
@@ -42,11 +38,7 @@ def one(seed: int, threads: int) -> dict[str, float]:
 
 def main() -> None:
     """Run the seeds and write the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parsed(SEEDS)
     runs = [one(seed, arguments.threads) for seed in arguments.seeds]
     if len(runs) < len(SEEDS):
         return

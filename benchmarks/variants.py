@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,6 +18,22 @@ from slimfuse.store import Store
 from slimfuse.tasks.image_classification import Pixels
 
 Table = dict[str, list[float]]
+
+
+def parsed(seeds: Sequence[int]) -> argparse.Namespace:
+    """Return the command line's seeds and threads, and set the threads."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="*", default=seeds)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    return arguments
+
+
+def seeded(seed: int, threads: int) -> tuple[str, ...]:
+    """Return the overrides that give a run its own random choices."""
+    keys = ("runtime.seed", "finetune.seed", "data.calibration.seed")
+    return (f"runtime.threads={threads}", "gates=[]", *(f"{key}={seed}" for key in keys))
 
 
 def measure(
