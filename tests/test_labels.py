@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimfuse.errors import ParentError
-from slimfuse.fuse.labels import FLOOR, LabelUnion, MeanLogits, unite_labels
+from slimfuse.fuse.labels import FLOOR, LabelUnion, MeanLogits
 
 torch.set_num_threads(1)
 HALVES = (torch.tensor([0, 2, 4]), torch.tensor([3, 1]))
@@ -218,20 +218,6 @@ def test_classes_that_several_parents_know_are_shared_by_weight() -> None:
         total[places] += share * torch.ones(len(places), 4, dtype=torch.float64)
     torch.testing.assert_close(total, torch.ones_like(total))
     assert [w for _, w in fitted(HALVES).shares] == [1.0, 1.0]
-
-
-def test_labels_are_united_in_the_order_of_the_parents_or_of_the_target() -> None:
-    classes, places = unite_labels([["cat", "dog"], ["owl", "dog", "ant"]])
-    assert classes == ("cat", "dog", "owl", "ant")
-    assert [p.tolist() for p in places] == [[0, 1], [2, 1, 3]]
-    _, places = unite_labels([["cat", "dog"], ["owl"]], ["owl", "dog", "cat"])
-    assert [p.tolist() for p in places] == [[2, 1], [0]]
-
-
-def test_labels_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ParentError, match="labels of parent 1") as told:
-        unite_labels([["cat"], ["dog", "owl", "dog"]], ["cat", "dog"])
-    assert "named twice: ['dog']; not of the target: ['owl']" in str(told.value)
 
 
 def test_misuse_is_told() -> None:

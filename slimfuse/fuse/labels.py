@@ -166,31 +166,6 @@ class LabelUnion:
         return torch.softmax(self(scores, features) / temperature, 1)
 
 
-def unite_labels(
-    labels: Sequence[Sequence[str]], classes: Sequence[str] | None = None
-) -> tuple[tuple[str, ...], list[Tensor]]:
-    """Return the target's classes and, for each parent, the places (c_p,) of its own among them.
-
-    labels: of each parent, in the order of its logits. classes: the target's; by default every
-    label, in the order in which the parents name them.
-    Raises ParentError where a parent names a class twice, or one that the target lacks.
-    """
-    if classes is None:
-        classes = tuple(dict.fromkeys(name for own in labels for name in own))
-    at = {name: i for i, name in enumerate(classes)}
-    for p, own in enumerate(labels):
-        doubled = sorted({name for name in own if list(own).count(name) > 1})
-        strange = [name for name in own if name not in at]
-        if doubled or strange:
-            raise ParentError(
-                f"the labels of parent {p} (from 0) don't fit the target's classes",
-                got=f"named twice: {doubled}; not of the target: {strange}",
-                allowed=f"each at most once: {', '.join(classes)}",
-                hint="mend id2label in the parent's config.json",
-            )
-    return tuple(classes), [torch.tensor([at[name] for name in own]) for own in labels]
-
-
 class _Classes:
     """Which parent knows which of the classes, and its share in each."""
 

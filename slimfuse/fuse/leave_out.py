@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Literal
@@ -144,24 +144,6 @@ class LeaveOut:
             groups=self._groups,
             rows=self._rows,
         )
-
-
-def leave_one_out(
-    groups: Iterable[Group],
-    cross: Tensor,
-    gram: Tensor,
-    mean_in: Tensor,
-    mean_goal: Tensor,
-    total_weight: float,
-    prior: Tensor,
-    prior_bias: Tensor | None,
-    strengths: Sequence[float],
-) -> Scores:
-    """Return the left-out errors on groups of (inputs, goals, weights): see `LeaveOut`."""
-    ridge = LeaveOut(cross, gram, mean_in, mean_goal, total_weight, prior, prior_bias, strengths)
-    for inputs, goals, weights in groups:
-        ridge.update(inputs, goals, weights)
-    return ridge.scores()
 
 
 def _left_out(hat: Tensor, residual: Tensor) -> float:
