@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimfuse.moments import Moments
+from slimfuse.moments import BLOCK, Moments
 from slimfuse.transport import Solver, solve, standardised_cost
 
 # float64 sums of at most 60 products of order 1, in another order
@@ -161,3 +161,18 @@ def test_float32_products_reproduce_the_materialised_cost_and_plan() -> None:
     soft = Solver("sinkhorn", reg=0.1)
     plans = [solve(cost, solver=soft).plan for cost in (streamed, whole)]
     torch.testing.assert_close(*plans, rtol=0, atol=1e-8)  # the bound
+
+
+def test_wide_moments_are_whole_below_the_diagonal_after_every_read() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(40, BLOCK + 3, generator=generator, dtype=torch.float64)
+    y = torch.randn(40, 2 * BLOCK - 7, generator=generator, dtype=torch.float64)
+    moments = Moments(x=x.shape[1], y=y.shape[1])
+    for stop in (11, 40):  # read, then go on
+        moments.update(x=x[stop - 11 : stop], y=y[stop - 11 : stop])
+        seen = torch.cat([x[:11], x[29:]]) if stop == 40 else x[:11]
+        torch.testing.assert_close(moments.cov("x"), torch.cov(seen.T, correction=0), **SUMS)
+        torch.testing.assert_close(moments.cov("y", "x"), moments.cov("x", "y").T, **SUMS)
+    joint = torch.cat([torch.cat([x[:11], x[29:]]), torch.cat([y[:11], y[29:]])], dim=1)
+    want = torch.cov(joint.T, correction=0)[x.shape[1] :, : x.shape[1]]
+    torch.testing.assert_close(moments.cov("y", "x"), want, **SUMS)

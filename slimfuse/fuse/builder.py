@@ -14,7 +14,7 @@ from slimfuse.families import Family
 from slimfuse.fuse import walk
 from slimfuse.fuse.cache import StreamCache
 from slimfuse.fuse.choice import Choice, Choosing, Scores, choose_heads, choose_units, keep
-from slimfuse.fuse.fits import Draw, Fit, Ridge, Statistics, fit, products
+from slimfuse.fuse.fits import Draw, Fit, Ridge, Statistics, fit
 from slimfuse.fuse.labels import Goals
 from slimfuse.fuse.post_norm import PostNorm
 from slimfuse.fuse.readout import fit_head, fit_pooler, statistics
@@ -23,7 +23,7 @@ from slimfuse.fuse.solve import decoder
 from slimfuse.fuse.stream import centring
 from slimfuse.fuse.union import Member, Union
 from slimfuse.fuse.walk import flat, rows
-from slimfuse.moments import Moments
+from slimfuse.moments import Moments, precision
 from slimfuse.spaces import AxisMap, LinearMap, transform
 
 FIXED_RIDGE = 1e-3  # where leaving out isn't exact: layers without a bias
@@ -182,7 +182,7 @@ class Builder:
     # -- statistics -------------------------------------------------------------------------
 
     def _moments(self, **widths: int) -> Moments:
-        return Moments(products(sum(widths.values()), self.dtype), **widths)
+        return Moments(precision(sum(widths.values()), self.dtype), **widths)
 
     def _readings(self, members: Sequence[Member]) -> Moments:
         """Return moments for the members' (n0, …) and the target's (t) normed streams."""
@@ -201,13 +201,14 @@ class Builder:
     def _mixed(self, batch: int, places: Tensor) -> Tensor:
         """Return rows (r, m) of E y for the parents' streams at some tokens."""
         pairs = zip(self.run.streams(batch), self.mixes, strict=True)
-        return _total(rows(x, places) @ mix.T for x, mix in pairs)
+        return _total(_product(flat(x, places), mix) for x, mix in pairs)
 
-    def _missing(self, batch: int, places: Tensor) -> Tensor:
-        """Return rows (r, m) of what the target's stream lacks at some tokens."""
+    def _missing(self, batch: int, places: Tensor, mixed: Tensor | None = None) -> Tensor:
+        """Return rows (r, m) of what the target's stream lacks at some tokens, of E y `mixed`."""
         if self.union.post_norm:
             return self.sums.missing(batch, places)
-        return self._mixed(batch, places) - rows(self.run.stream(batch), places)
+        mixed = self._mixed(batch, places) if mixed is None else mixed
+        return mixed - rows(self.run.stream(batch), places)
 
     def _transported(
         self,
@@ -300,7 +301,7 @@ class Builder:
         def goals(batch: int, places: Tensor) -> Tensor:
             seen = self.run.normed(members, norm, batch)
             pairs = zip(seen, weights, strict=True)
-            return shift + _total(rows(x, places) @ w.T for x, w in pairs)
+            return shift + _total(_product(flat(x, places), w) for x, w in pairs)
 
         def inputs(batch: int, places: Tensor) -> Tensor:
             return rows(self.run.own(getattr(block, norm), batch), places)
@@ -334,7 +335,8 @@ class Builder:
                 units = walk.attend(self.target, block, self.run.own(block.attention_norm, b))
             cache.put("u", b, units)
             places, weights = self.draw(checkpoint, b, samples, width)
-            goal, y = self._missing(b, places), self._mixed(b, places)
+            y = self._mixed(b, places)
+            goal = self._missing(b, places, y)
             moments.update(weights, goal=goal, t=flat(units, places), y=y)
 
         def transported() -> Tensor:
@@ -390,3 +392,9 @@ def _total(parts: Iterable[Tensor]) -> Tensor:
 
 def _share(part: float, whole: float) -> float:
     return max(part, 0.0) / whole if whole > 0 else 0.0
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return float64 rows x Wᵀ; of wide float32 rows the product is float32."""
+    kind = precision(x.shape[1], x.dtype)
+    return (x.to(kind) @ weight.to(kind).T).double()

@@ -17,7 +17,6 @@ Ridge = float | None
 STRENGTHS = tuple(10.0**k for k in range(-6, 3))
 WORK = 1.2e11  # multiply-adds of one covariance, a second or so of one core …
 ROWS = 3  # … but never fewer rows than this many times its width
-WIDE = 1024  # from here on products are float32
 Groups = Iterable[tuple[Tensor, Tensor, Tensor]]
 
 
@@ -126,8 +125,3 @@ def sequences(
     sizes = counts.tolist()
     parts = zip(inputs.split(sizes), goals.split(sizes), weights.split(sizes), strict=True)
     yield from parts
-
-
-def products(width: int, dtype: torch.dtype) -> torch.dtype:
-    """Return the precision of the products of a covariance of rows of this dtype."""
-    return torch.float32 if width >= WIDE and dtype != torch.float64 else torch.float64

@@ -20,12 +20,12 @@ PER_BATCH = 16  # samples of one backward pass, which keeps every activation
 class Gradients:
     """Second moments of ∂logits/∂x at the checkpoints of a parent.
 
-    tokens: E|g_lt|² (checkpoints, tokens); directions: Σ_l E[g_l g_lᵀ] (d, d), every checkpoint
-    divided by its own trace so that all count alike.
+    tokens: E|g_lt|² (checkpoints, tokens); directions, where asked for: Σ_l E[g_l g_lᵀ] (d, d),
+    every checkpoint divided by its own trace so that all count alike.
     """
 
     tokens: Tensor
-    directions: Tensor
+    directions: Tensor | None
 
 
 def gradients(
@@ -34,6 +34,8 @@ def gradients(
     batches: Iterable[Tensor],
     checkpoints: Sequence[int],
     share: float = 1.0,
+    *,
+    directions: bool = False,
 ) -> Gradients:
     """Return the gradients' second moments over a seeded draw of this share of the samples.
 
@@ -46,8 +48,11 @@ def gradients(
             found = _backward(model, layout, few, generator)
             kept = torch.stack([found[c] for c in checkpoints]).double()
             tokens = tokens + kept.square().sum(-1).sum(1)
-            outer = outer + torch.einsum("cbtd,cbte->cde", kept, kept)
+            if directions:
+                outer = outer + torch.einsum("cbtd,cbte->cde", kept, kept)
             seen += len(few)
+    if not directions:
+        return Gradients(tokens / seen, None)
     traces = outer.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)
     return Gradients(tokens / seen, (outer / traces[:, None, None]).mean(0))
 

@@ -98,19 +98,22 @@ def refit(
         union = Union(parents, family, segments)
         rows = count_rows(parents[0].model, layouts[0], batches())
         weights = [p.weight for p in parents]
+        by_gradient = settings.stream == "gradient-pca"
         found = [
-            gradients(p.model, layouts[i], batches(), union.checkpoints(i), TOKENS / rows)
+            gradients(p.model, layouts[i], batches(), union.checkpoints(i), TOKENS / rows,
+                      directions=by_gradient)
             for i, p in enumerate(parents)
-        ]
+        ]  # fmt: skip
         importance = token_weights(found, weights)
         joint = union.joint_stream(batches(), importance, rows, n_batches)
         _check_alive(parents, joint, union.widths)
         common = consensus(joint, union.widths, weights, centred=not union.post_norm)
         width = family.shape(target.config).hidden_size
         metric = None
-        if settings.stream == "gradient-pca":  # x_p ≈ B_p y, so gradients come back by B_pᵀ
-            backs = zip(weights, found, common.readbacks, strict=True)
-            metric = torch.stack([w * back.T @ g.directions @ back for w, g, back in backs]).sum(0)
+        if by_gradient:  # x_p ≈ B_p y, so gradients come back by B_pᵀ
+            directions = [g.directions for g in found if g.directions is not None]
+            backs = zip(weights, directions, common.readbacks, strict=True)
+            metric = torch.stack([w * back.T @ g @ back for w, g, back in backs]).sum(0)
         narrow = stream_map(
             common.second, width, settings.stream, solver=settings.solver, metric=metric
         )

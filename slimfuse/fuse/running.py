@@ -12,7 +12,9 @@ from slimfuse.fuse.cache import StreamCache
 from slimfuse.fuse.fits import Draw, Groups, sequences
 from slimfuse.fuse.union import Member, Union
 
-JUDGES = 64  # sequences that judge a ridge: the order of strengths is what matters
+JUDGES = 64  # sequences that judge a ridge: the order of strengths is what matters …
+ENOUGH = 4096  # … or as many as have so many tokens, but not fewer than …
+FEWEST = 32
 Rows = Callable[[int, Tensor], Tensor]
 """Batch number and places (r,) -> float64 rows (r, width)."""
 
@@ -140,7 +142,8 @@ class Running:
 
     def judges(self, checkpoint: int, width: int, inputs: Rows, goals: Rows) -> Groups:
         """Yield the rows of some sequences, spread over all batches, for leaving out."""
-        step, first = max(1, sum(self.sizes) // JUDGES), 0
+        count = min(JUDGES, max(FEWEST, ENOUGH // self.tokens))
+        step, first = max(1, sum(self.sizes) // count), 0
         for b, samples in enumerate(self.sizes):
             places, weights = self.draw(checkpoint, b, samples, width)
             judged = (places // self.tokens + first) % step == 0

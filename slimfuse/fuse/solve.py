@@ -30,8 +30,9 @@ def decoder(cov: Tensor, push: Tensor) -> Tensor:
 
     cov: covariance C (n, n) of x; push: A (n, m).
     """
-    seen = cov @ push
-    inverse: Tensor = torch.linalg.pinv(push.T @ seen, rtol=RANK_TOLERANCE, hermitian=True)
+    few = push.T.to_sparse() if int(push.count_nonzero()) <= len(push) else push.T
+    seen = (few @ cov).T  # most pushes pick or group units
+    inverse: Tensor = torch.linalg.pinv(few @ seen, rtol=RANK_TOLERANCE, hermitian=True)
     return seen @ inverse
 
 

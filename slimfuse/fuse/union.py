@@ -13,8 +13,7 @@ from slimfuse.families import Block, Family, Layout
 from slimfuse.fuse import walk
 from slimfuse.fuse.depth import Segments
 from slimfuse.fuse.importance import drawn
-from slimfuse.fuse.stream import centring
-from slimfuse.moments import Moments
+from slimfuse.moments import Moments, precision
 from slimfuse.progress import track
 from slimfuse.spaces import Atlas
 
@@ -104,9 +103,9 @@ class Union:
         draw is used where they are many; count: how many batches there are.
         """
         width = sum(self.widths)
-        moments = Moments(joint=width)
+        dtype = next(self.parents[0].model.parameters()).dtype
+        moments = Moments(precision(width, dtype), joint=width)
         share = min(1.0, max(JOINT_ROWS * width, LEAST_ROWS) / rows)
-        project = centring(self.widths[0])
         means = [(torch.zeros(width, dtype=torch.float64), 0.0)] * len(importance)
         with track("reading the parents' streams", count) as tell:
             for i, batch in enumerate(drawn(batches, share)):
@@ -114,7 +113,8 @@ class Union:
                 for place, parallel in enumerate(zip(*runs, strict=True)):
                     joint = torch.cat([walk.rows(x) for x in parallel], dim=1)
                     first = joint[:, : self.widths[0]]
-                    centred = first - self._shift(place) if self.post_norm else first @ project
+                    shift = self._shift(place) if self.post_norm else first.mean(1, keepdim=True)
+                    centred = first - shift
                     norm = centred.square().sum(1)
                     weights = importance[place].repeat(len(batch)) / norm.clamp_min(1e-12)
                     moments.update(weights, joint=joint)

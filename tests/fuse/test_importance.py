@@ -82,7 +82,7 @@ def test_the_same_call_gives_the_same_weights(vit: Any) -> None:
 
 def test_directions_are_the_gradients_second_moment(vit: Any) -> None:
     layout, x = ViT().layout(vit.config), images(3)
-    found = gradients(vit, layout, [x], [4])
+    found = gradients(vit, layout, [x], [4], directions=True)
     with torch.enable_grad():
         stream = list(walk.streams(vit, layout, x))[-1].detach().requires_grad_()
         logits = walk.apply(vit, layout.head, walk.read_out(vit, layout, stream))
@@ -90,6 +90,7 @@ def test_directions_are_the_gradients_second_moment(vit: Any) -> None:
         centred = logits - logits.mean(1, keepdim=True)
         (grad,) = torch.autograd.grad((centred * (2 * signs - 1)).sum(), stream)
     want = torch.einsum("btd,bte->de", grad, grad)
+    assert found.directions is not None
     torch.testing.assert_close(found.directions, want / want.trace(), rtol=1e-10, atol=1e-14)
     assert found.directions.shape == (15, 15)
 
