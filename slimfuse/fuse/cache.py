@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MEMORY_LIMIT = 256 << 20
+MEMORY_LIMIT = 32 << 20
 """Bytes of streams that are kept in memory; more go to files."""
 
 Key = tuple[str, int]
