@@ -27,6 +27,7 @@ from slimfuse.fuse.depth import Segments, match_depths
 from slimfuse.fuse.fits import Draw, Ridge
 from slimfuse.fuse.importance import TOKENS, gradients, token_weights
 from slimfuse.fuse.labels import Goals, MeanLogits
+from slimfuse.fuse.memory import hold_steady
 from slimfuse.fuse.random_features import RandomFeatures
 from slimfuse.fuse.stream import EXACT, Consensus, StreamMap, StreamMethod, consensus, stream_map
 from slimfuse.fuse.union import Parent, Union
@@ -92,6 +93,7 @@ def refit(
     goals = goals if goals is not None else MeanLogits([p.weight for p in parents], len(head))
     layouts = [family.layout(p.model.config) for p in parents]
     depth = len(family.layout(target.config).blocks)
+    hold_steady()
     with torch.no_grad(), StreamCache(folder=scratch) as cache:
         segments = match_depths([p.model for p in parents], layouts, depth, batches,
                                 settings.layers)  # fmt: skip

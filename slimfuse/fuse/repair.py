@@ -16,6 +16,7 @@ from slimfuse.fuse.choice import Choice, Maps, Scores
 from slimfuse.fuse.fits import Draw, Ridge
 from slimfuse.fuse.importance import TOKENS, gradients, token_weights
 from slimfuse.fuse.labels import Goals, MeanLogits
+from slimfuse.fuse.memory import hold_steady
 from slimfuse.fuse.refit import Batches, Settings, build_blocks, count_rows
 from slimfuse.fuse.union import Member, Parent, Union
 from slimfuse.spaces import LinearMap
@@ -49,6 +50,7 @@ def repair(
     layouts = [family.layout(r.model.config) for r in references]
     depth = len(layouts[0].blocks)
     head = model.get_parameter(f"{layouts[0].head}.weight")
+    hold_steady()
     with torch.no_grad(), StreamCache(folder=scratch) as cache:
         segments = tuple(range(i, i + 1) for i in range(depth))
         union = Union(references, family, [segments] * len(references))
