@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := slimfuse export tests benchmarks
 
 .PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist \
-	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-depth clean
+	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
+	bench-depth clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -31,6 +32,9 @@ bench-equal-width: install
 
 bench-knowledge: install
 	$(BIN)/python benchmarks/knowledge.py
+
+bench-halves: install
+	$(BIN)/python benchmarks/halves.py
 
 bench-depth: install
 	$(BIN)/python benchmarks/depth.py
