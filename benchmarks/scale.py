@@ -104,7 +104,7 @@ def main() -> None:
     if arguments.memory_only:  # which other work on the machine doesn't change
         timed = json.loads((RESULTS / "scale.json").read_text())["time"]
     else:
-        timed = case("time", TIMED, threads)
+        timed = case("time", TIMED, threads) | {"threads": threads}
     few, many = (case("memory", n, threads) for n in (256, 4096))
     ratio = timed["fuse_s"] / timed["forward_s"]
     growth = many["peak"] / few["peak"]
@@ -112,7 +112,7 @@ def main() -> None:
     lines = [
         "# Time and memory of a fuse: random-weight ViTs, 12 × 768 into 12 × 384",
         "",
-        f"{threads} threads, float32 forward passes. Made by `make bench-scale`.",
+        f"Float32 forward passes, {timed['threads']:.0f} threads. Made by `make bench-scale`.",
         "",
         f"Two parents, {TIMED} samples of 122 tokens (65,514 tokens): forward passes of the "
         f"parents alone {timed['forward_s']:.0f} s, `fuse` {timed['fuse_s']:.0f} s: "
