@@ -25,7 +25,8 @@ from slimfuse.fuse.gauge import aligned, average
 from slimfuse.fuse.importance import all_depths_importance
 from slimfuse.fuse.repair import repair
 from slimfuse.fuse.union import Parent
-from slimfuse.tasks.image_classification import Pixels, accuracy, logits, make_processor
+from slimfuse.tasks import accuracy, logits
+from slimfuse.tasks.image_classification import PIXELS, Pixels, make_processor
 
 PAIRS = (0, 1, 2)
 TEST, CALIBRATION = 5000, 512
@@ -45,7 +46,8 @@ def pair(seed: int, out: Path) -> dict[str, float]:
     processor = make_processor(data.image_size, data.mean, data.std)
     test = data.test.sample(TEST, 0)
     pixels, labels = Pixels(test, processor), test.labels
-    images = Pixels(data.train.sample(max(COUNTS), seed), processor)[torch.arange(max(COUNTS))]
+    drawn = Pixels(data.train.sample(max(COUNTS), seed), processor)
+    images = drawn[torch.arange(max(COUNTS))].arguments[PIXELS]
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
     parents = [Parent("ab"[i], FAMILY.load(fashion(seed, i))) for i in (0, 1)]
     config = parents[0].model.config  # type: ignore[union-attr]

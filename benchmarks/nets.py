@@ -94,7 +94,7 @@ def images(part: str) -> tuple[Tensor, Tensor]:
     """Return standardised grey images (n, 1, 28, 28) and labels (n,) of `train` or `test`."""
     data = load_fashion_mnist()
     split = getattr(data, part)
-    grey = torch.stack([torch.from_numpy(image[..., 0].copy()) for image in split.images])
+    grey = torch.stack([torch.from_numpy(image[..., 0].copy()) for image in split.items])
     pixels = (grey[:, None].float() / 255 - data.mean[0]) / data.std[0]
     return pixels, torch.from_numpy(split.labels.copy())
 

@@ -15,7 +15,7 @@ from slimfuse.pipeline.run import quiet
 from slimfuse.pipeline.stages import Stages
 from slimfuse.recipe import load_recipe
 from slimfuse.store import Store
-from slimfuse.tasks.image_classification import Pixels
+from slimfuse.tasks import Samples
 
 Table = dict[str, list[float]]
 
@@ -50,7 +50,7 @@ def measure(
     shared, variants: overrides of the recipe; budgets: steps by variant name ("" for all others).
     """
     quiet()
-    pixels: dict[str, Pixels] = {}
+    pixels: dict[str, Samples] = {}
     found: dict[str, float] = {}
     store = Store(out)
     store.check_ours()

@@ -13,7 +13,8 @@ from slimfuse.data import ImageData, Split, load_fashion_mnist
 from slimfuse.families import FAMILIES, Shape
 from slimfuse.finetune.distill import labels_loss
 from slimfuse.finetune.loop import Schedule, best_precision, fit, steps_of
-from slimfuse.tasks.image_classification import Augmentation, Pixels, augment, make_processor
+from slimfuse.tasks import Augmentation, ImageClassification
+from slimfuse.tasks.image_classification import Pixels, make_processor
 
 ZOO = Path("runs/zoo")
 WIDE = Shape(128, 4, 256, 6)
@@ -50,7 +51,7 @@ def vit(
     folder.mkdir(parents=True, exist_ok=True)
     fit(
         model,
-        labels_loss(lambda i: augment(pixels[i], kinds), pixels.labels),
+        labels_loss(lambda i: ImageClassification().augment(pixels[i], kinds), pixels.labels),
         len(pixels),
         Schedule(steps_of(len(pixels), epochs, batch_size), batch_size, lr, seed=seed),
         precision=best_precision(),
@@ -81,7 +82,7 @@ def some_classes(seed: int, first: int, count: int = 5) -> Path:
     data = load_fashion_mnist()
     wanted = np.flatnonzero((data.train.labels >= first) & (data.train.labels < first + count))
     split = data.train.take(wanted)
-    split = Split(split.images, split.labels - first)
+    split = Split(split.items, split.labels - first)
     return vit(
         f"classes-{first}-{first + count - 1}-seed-{seed}", data, split, WIDE, seed=10 * seed
         + first, epochs=2, classes=data.classes[first : first + count],

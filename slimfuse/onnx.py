@@ -1,4 +1,4 @@
-"""torch → ONNX: one graph with a named batch dimension and nothing of this machine in it."""
+"""torch → ONNX: one graph with named dynamic dimensions and nothing of this machine in it."""
 
 from __future__ import annotations
 
@@ -13,32 +13,38 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-BATCH = "batch_size"
+from slimfuse.batch import Batch
+
+BATCH, TOKENS = "batch_size", "sequence_length"
 
 
 class _Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.names = model, names
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        logits: Tensor = self.model(pixel_values=pixel_values).logits
+    def forward(self, *values: Tensor) -> Tensor:
+        logits: Tensor = self.model(**dict(zip(self.names, values, strict=True))).logits
         return logits
 
 
-def export_onnx(model: nn.Module, pixels: Tensor, path: Path, *, opset: int) -> None:
-    """Write `model` as ONNX: input pixel_values (batch_size, 3, h, w), output logits.
+def export_onnx(model: nn.Module, example: Batch, path: Path, *, opset: int) -> None:
+    """Write `model` as ONNX: inputs named as in a batch, output logits.
 
-    pixels: two or more example inputs. Eager attention is exported, since it gives the smaller
+    example: two or more samples. Their number is dynamic, and of whole numbers, such as token ids,
+    the second dimension too. Eager attention is exported, since it gives the smaller
     graph. Node metadata is removed: the exporter puts stack traces with local paths there.
     """
+    names, values = list(example.arguments), tuple(example.arguments.values())
+    batch, tokens = torch.export.Dim(BATCH), torch.export.Dim(TOKENS)
+    shapes = tuple({0: batch} if v.is_floating_point() else {0: batch, 1: tokens} for v in values)
     with _quiet():
         program = torch.onnx.export(
-            _Logits(model.eval()),
-            (pixels,),
-            input_names=["pixel_values"],
+            _Logits(model.eval(), names),
+            values,
+            input_names=names,
             output_names=["logits"],
-            dynamic_shapes={"pixel_values": {0: torch.export.Dim(BATCH)}},
+            dynamic_shapes={"values": shapes},
             opset_version=opset,
             dynamo=True,
         )

@@ -14,6 +14,8 @@ from slimfuse.errors import CheckFailed, UserError
 TOLERANCE = 1e-5
 ONNX_TOLERANCE = 1e-4  # other kernels than those that made the logits
 
+PREPROCESSORS = ("preprocessor_config.json", "tokenizer.json")
+
 START = """
 import json, sys
 sys.modules["slimfuse"] = None          # importing it anywhere below is an error
@@ -26,17 +28,22 @@ folder, threads = sys.argv[1], int(sys.argv[2])
 
 STOCK = """
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+import transformers
 torch.set_num_threads(threads)
-model, info = AutoModelForImageClassification.from_pretrained(
+with open(folder + "/config.json") as file:
+    stock = json.load(file)["architectures"][0]
+autos = {"ForImageClassification": ("AutoModelForImageClassification", "AutoImageProcessor"),
+         "ForSequenceClassification": ("AutoModelForSequenceClassification", "AutoTokenizer")}
+auto, prepare = next(names for end, names in autos.items() if stock.endswith(end))
+model, info = getattr(transformers, auto).from_pretrained(
     folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False)
-processor = AutoImageProcessor.from_pretrained(folder)
+processor = getattr(transformers, prepare).from_pretrained(folder)
 problems = {k: sorted(map(str, v)) for k, v in info.items() if v}
 name, parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
 
-def answer(pixels):
+def answer(inputs):
     with torch.no_grad():
-        return model.eval()(pixel_values=torch.from_numpy(pixels)).logits.numpy()
+        return model.eval()(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits.numpy()
 """
 
 ONNX = """
@@ -55,24 +62,24 @@ parameters = sum(v.size for k, v in weights.items()
                  if not k.endswith(("running_mean", "running_var", "num_batches_tracked")))
 problems = {}
 
-def answer(pixels):
-    return session.run(["logits"], {"pixel_values": pixels})[0]
+def answer(inputs):
+    return session.run(["logits"], inputs)[0]
 """
 
 COMPARE = """
 with np.load(folder + "/onnx/samples.npz", allow_pickle=False) as file:
     saved = dict(file)
 gap, scale, samples = 0.0, 0.0, 0
-for key in saved:
-    if key.endswith("inputs/pixel_values"):
-        case = key.split("/")[0]
-        got, want = answer(saved[key]), saved[case + "/outputs/logits"]
-        if got.shape != want.shape:
-            problems["shape of the logits"] = [str(got.shape), str(want.shape)]
-            continue
-        samples += len(want)
-        gap = float(np.maximum(gap, np.abs(got - want).max()))  # keeps a NaN, unlike max()
-        scale = max(scale, float(np.abs(want).max()))
+for case in sorted({key.split("/")[0] for key in saved if "/inputs/" in key}):
+    start = case + "/inputs/"
+    inputs = {k.removeprefix(start): v for k, v in saved.items() if k.startswith(start)}
+    got, want = answer(inputs), saved[case + "/outputs/logits"]
+    if got.shape != want.shape:
+        problems["shape of the logits"] = [str(got.shape), str(want.shape)]
+        continue
+    samples += len(want)
+    gap = float(np.maximum(gap, np.abs(got - want).max()))  # keeps a NaN, unlike max()
+    scale = max(scale, float(np.abs(want).max()))
 print("RESULT " + json.dumps({"class": name, "processor": type(processor).__name__,
       "problems": problems, "gap": gap, "scale": scale, "samples": samples,
       "parameters": parameters}))
@@ -99,8 +106,10 @@ def verify(folder: Path, *, threads: int = 1) -> Verified:
     the folder is not a finished one, CheckFailed when a weight is missing or unexpected or the
     logits differ from the run's by more than 1e-5 (ONNX: 1e-4) of their size.
     """
-    needed = ("config.json", "model.safetensors", "preprocessor_config.json", "onnx/samples.npz")
+    needed = ("config.json", "model.safetensors", "onnx/samples.npz")
     missing = [name for name in needed if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in PREPROCESSORS):
+        missing.append(" or ".join(PREPROCESSORS))
     if missing:
         raise UserError(
             "this is not a finished model folder",

@@ -26,7 +26,7 @@ from slimfuse.pipeline.stages import Stages
 from slimfuse.pipeline.teaching import spread
 from slimfuse.recipe import Train, load_recipe
 from slimfuse.store import Store
-from slimfuse.tasks.image_classification import accuracy
+from slimfuse.tasks import accuracy
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +93,15 @@ def test_a_split_holds_the_classes_in_the_parents_own_order(digits: ImageData) -
     kept = np.flatnonzero(np.isin(whole, [7, 0, 3]))
     assert np.array_equal(places, whole[kept])
     for i in (0, 40, len(split) - 1):
-        assert np.array_equal(split.images[i], digits.train.images[int(kept[i])])
+        assert np.array_equal(split.items[i], digits.train.items[int(kept[i])])
 
 
 def test_samples_are_drawn_before_the_shards_are_cut(digits: ImageData) -> None:
     parts = [training_split(train(samples=31, shard=f"{i}/2"), digits) for i in (1, 2)]
     assert [len(p) for p in parts] == [16, 15]
-    seen = [np.asarray(image).tobytes() for p in parts for image in p.images]
+    seen = [np.asarray(image).tobytes() for p in parts for image in p.items]
     drawn = digits.train.sample(31, 0)
-    assert sorted(seen) == sorted(np.asarray(image).tobytes() for image in drawn.images)
+    assert sorted(seen) == sorted(np.asarray(image).tobytes() for image in drawn.items)
     assert training_split(train(), digits) is digits.train
     assert len(training_split(train(samples=10**6), digits)) == len(digits.train)
 

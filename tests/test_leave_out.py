@@ -93,6 +93,57 @@ def test_errors_equal_those_of_refits(judged: slice) -> None:
     assert (scores.groups, scores.rows) == (len(rows[judged]), sum(len(r[0]) for r in rows[judged]))
 
 
+def about_zero(rows: Rows, prior: Tensor, groups: Rows) -> LeaveOut:
+    """Return the judge of a layer without a bias."""
+    m = moments(rows)
+    none = torch.zeros(prior.shape[1]).double(), torch.zeros(len(prior)).double()
+    out = LeaveOut(
+        m.second("y", "x"), m.second("x"), *none, m.weight, prior, None, STRENGTHS,
+        intercept=False,
+    )  # fmt: skip
+    for x, y, w in groups:
+        out.update(x, y, w)
+    return out
+
+
+@pytest.mark.parametrize("judged", [slice(None), slice(1, 4)])
+def test_errors_without_an_intercept_equal_those_of_refits(judged: slice) -> None:
+    rows = problem(0, [5, 9, 1, 7, 11, 6], d=7, k=3)
+    prior = torch.linspace(-1, 1, 21, dtype=torch.float64).reshape(3, 7)
+    found = about_zero(rows, prior, rows[judged])
+    scores, second = found.scores(), moments(rows).second("x")
+    total = sum(float(w.sum()) for _, _, w in rows)
+    for strength, error in zip(scores.strengths, scores.errors, strict=True):
+        penalty = total * strength * float(second.diagonal().mean()) * torch.eye(7).double()
+        missed = seen = 0.0
+        for group in rows[judged]:
+            rest = [r for r in rows if r is not group]
+            x, y, w = (torch.cat(parts) for parts in zip(*rest, strict=True))
+            heavy = w[:, None] * x
+            step = torch.linalg.solve(heavy.T @ x + penalty, heavy.T @ (y - x @ prior.T))
+            gx, gy, gw = group
+            missed += float((gw[:, None] * (gy - gx @ (prior + step.T).T).square()).sum())
+            seen += float(gw.sum())
+        # two float64 solves of the same problem; condition number below 1e5
+        assert error == pytest.approx(missed / seen, rel=1e-10)
+    plain = sum(float((w[:, None] * (y - x @ prior.T).square()).sum()) for x, y, w in rows[judged])
+    assert scores.prior == pytest.approx(plain / seen, rel=1e-12)  # the prior has nothing to fit
+    for strength in STRENGTHS:
+        m = moments(rows)
+        weight, bias = found.solution(strength)
+        want = ridge(m.second("y", "x"), m.second("x"), prior, strength)
+        torch.testing.assert_close(weight, want, rtol=1e-9, atol=1e-9)
+        assert not bias.any()
+
+
+def test_a_single_group_without_an_intercept_falls_back_on_the_prior() -> None:
+    rows = problem(5, [9], d=4, k=2)
+    prior = torch.zeros(2, 4, dtype=torch.float64)
+    scores = about_zero(rows, prior, rows).scores()
+    # with the group left out nothing but the prior is fitted, whatever the ridge
+    assert scores.errors == pytest.approx((scores.prior,) * 4, rel=1e-6)
+
+
 def test_more_inputs_than_rows() -> None:
     rows = problem(1, [3, 4, 2], d=13, k=5)
     prior = torch.zeros(5, 13, dtype=torch.float64)

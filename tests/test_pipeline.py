@@ -78,7 +78,7 @@ def test_report_has_a_measured_row_for_every_model(finished: Run) -> None:
     notes = {name: row.metrics["accuracy"].note for name, row in rows.items()}
     assert notes["onnx"] == "test set, at batch 256" and notes["a"] == "test set"
     assert notes["onnx-int8"] == "test set, at batch 1"
-    calibrated = [p.title for p in report.pictures if "calibration images" in p.caption]
+    calibrated = [p.title for p in report.pictures if "calibration samples" in p.caption]
     assert len(calibrated) == 4
     sizes = {"a": "stages/parent-a-*/model.safetensors", "onnx": "model/onnx/model.onnx"}
     for name, pattern in sizes.items():

@@ -199,8 +199,8 @@ def test_embeddings_move_exactly_up_to_what_the_norm_forgets() -> None:
     target, done = run([model], config(), stream="pca")
     layout = Bert().layout(config())
     with torch.no_grad():
-        total = walk.rows(walk.embed_sum(model, layout, ids(50)))
-        found = walk.rows(walk.embed_sum(target, layout, ids(50)))
+        total = walk.rows(walk.start_sum(model, layout, ids(50))[1])
+        found = walk.rows(walk.start_sum(target, layout, ids(50))[1])
     gain = model.get_parameter(f"{layout.embed_norm}.weight").detach()
     encode = done.stream.encode
     wanted = ((total - total.mean(1, keepdim=True)) * gain) @ encode.T / wanted_gain(encode, gain)

@@ -194,7 +194,7 @@ def test_the_recipe_imports_no_torch() -> None:
          "allowed: from, name, revision, train, weight"),
         ("{source: digits}", "{source: digit}",
          "6: data.source: unknown value; did you mean 'digits'? got: 'digit'; "
-         "allowed: digits, fashion-mnist, imagefolder, datasets"),
+         "allowed: digits, fashion-mnist, imagefolder, wordnet, textfolder, datasets"),
         ("name: try\n", "", "1: name: missing key; allowed: text like "
          r"^(?!.*\.\.)[a-z0-9][a-z0-9._-]{0,63}$"),
         ("      epochs: 3\n", "",
@@ -335,8 +335,8 @@ def test_every_problem_is_reported_at_once_in_the_order_of_lines(problems: Any) 
     assert found == [
         ["r.yaml:3", "name", "not a usable name; got"],
         ["r.yaml:6", "data.path", "missing key"],
-        ["r.yaml:10", "parents[0].train.config", "missing key; allowed"],
         ["r.yaml:10", "parents[0].train.epochs", "out of range; got"],
+        ["r.yaml:10", "parents[0].train", "missing key"],
         ["r.yaml:10", "parents[0].train", "stands beside 'from'; allowed"],
         ["r.yaml:12", "parents[1].wait", "unknown key; did you mean 'weight'? allowed"],
         ["r.yaml:18", "target.hidden_size", "not a size; got"],
@@ -377,7 +377,7 @@ def test_the_error_carries_the_first_problems_place(write: Any) -> None:
         ("name", "not an override; allowed: key.key=value, as in finetune.lr=1e-3"),
         ("a..b=1", "not an override; allowed: key.key=value, as in finetune.lr=1e-3"),
         ("data.source=", "data.source: unknown value; got: null; "
-         "allowed: digits, fashion-mnist, imagefolder, datasets"),
+         "allowed: digits, fashion-mnist, imagefolder, wordnet, textfolder, datasets"),
     ],
 )  # fmt: skip
 def test_a_bad_override_names_itself(problems: Any, override: str, line: str) -> None:

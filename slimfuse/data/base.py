@@ -1,9 +1,10 @@
-"""What every data source hands over: labelled images, undecoded until asked for."""
+"""What every data source hands over: labelled samples, not decoded until asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,12 @@ Image = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images. `images[i]` is uint8 of shape (height, width, 3); `labels` is (n,)."""
+    """Labelled samples.
 
-    images: Sequence[Image]
+    items[i]: an `Image` of shape (height, width, 3), or a text; labels: (n,).
+    """
+
+    items: Sequence[Any]
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -23,10 +27,10 @@ class Split:
 
     def take(self, indices: NDArray[np.int64]) -> Split:
         """Return the chosen samples, in the given order, without decoding them."""
-        if isinstance(self.images, Subset):
-            indexed = Subset(self.images.images, self.images.indices[indices])
+        if isinstance(self.items, Subset):
+            indexed = Subset(self.items.items, self.items.indices[indices])
         else:
-            indexed = Subset(self.images, indices)
+            indexed = Subset(self.items, indices)
         return Split(indexed, self.labels[indices])
 
     def shard(self, index: int, count: int, seed: int = 0) -> Split:
@@ -40,24 +44,24 @@ class Split:
         return self.take(np.sort(order[:size]))
 
 
-class Subset(Sequence[Image]):
-    """A lazy selection of images."""
+class Subset(Sequence[Any]):
+    """A lazy selection of samples."""
 
-    def __init__(self, images: Sequence[Image], indices: NDArray[np.int64]) -> None:
-        self.images, self.indices = images, indices
+    def __init__(self, items: Sequence[Any], indices: NDArray[np.int64]) -> None:
+        self.items, self.indices = items, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> Image:  # type: ignore[override]
-        return self.images[int(self.indices[i])]
+    def __getitem__(self, i: int) -> Any:  # type: ignore[override]
+        return self.items[int(self.indices[i])]
 
 
 @dataclass(frozen=True)
-class ImageData:
-    """A data set with its native size and statistics.
+class DataSet:
+    """A data set of one kind of samples.
 
-    fingerprint: identifies the content, the same wherever and whenever the same images, labels
+    fingerprint: identifies the content, the same wherever and whenever the same samples, labels
         and splits were read. Of a hub's data set it is the mark that `datasets` gives, which
         follows its revision and the library's version.
     """
@@ -66,7 +70,18 @@ class ImageData:
     train: Split
     test: Split
     classes: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ImageData(DataSet):
+    """Images with their native size and statistics."""
+
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    fingerprint: str
+
+
+@dataclass(frozen=True)
+class TextData(DataSet):
+    """Texts: the items are strings."""

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slimfuse.data import debian
 from slimfuse.data.base import ImageData, Split
-from slimfuse.errors import DataError
 
 SHA256 = {
     "train-images-idx3-ubyte": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
@@ -26,14 +22,14 @@ CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+TITLE = "Fashion-MNIST"
 PACKAGE = "dataset-fashion-mnist"
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 
 
 def cache_folder() -> Path:
     """Return the per-user folder the package is unpacked into when it isn't installed."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "slimfuse" / "fashion-mnist"
+    return debian.cache_folder("fashion-mnist")
 
 
 def load_fashion_mnist(path: str | None = None) -> ImageData:
@@ -69,52 +65,12 @@ def load_fashion_mnist(path: str | None = None) -> ImageData:
 
 
 def _find() -> Path:
-    for folder in (SYSTEM, cache_folder()):
-        if all((folder / f"{name}.gz").is_file() for name in SHA256):
-            return folder
-    return _fetch(cache_folder())
-
-
-def _fetch(target: Path) -> Path:
-    hint = f"install the Debian package ({PACKAGE}), or set data.path to a folder with its files"
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise DataError("Fashion-MNIST was not found", where=str(SYSTEM), hint=hint)
-    with tempfile.TemporaryDirectory() as scratch:
-        Path(scratch).chmod(0o777)  # apt drops its rights before it writes here
-        steps = (["apt-get", "download", PACKAGE], None)
-        try:
-            subprocess.run(steps[0], cwd=scratch, check=True, capture_output=True, timeout=600)
-            deb = next(Path(scratch).glob("*.deb"))
-            subprocess.run(
-                ["dpkg-deb", "-x", str(deb), scratch], check=True, capture_output=True, timeout=600
-            )
-        except (subprocess.SubprocessError, StopIteration) as error:
-            raise DataError(
-                f"Fashion-MNIST is not installed and could not be fetched with apt-get ({error})",
-                where=str(SYSTEM),
-                hint=f"run `apt-get update` once; or {hint}",
-            ) from error
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(dir=target.parent))
-        shutil.copytree(Path(scratch) / SYSTEM.relative_to("/"), staged, dirs_exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        staged.rename(target)
-    return target
+    files = [f"{name}.gz" for name in SHA256]
+    return debian.find_files(TITLE, files, package=PACKAGE, system=SYSTEM, cache=cache_folder())
 
 
 def _read(file: Path, expected: str) -> NDArray[np.uint8]:
-    if not file.is_file():
-        raise DataError("a Fashion-MNIST file is missing", where=str(file))
-    packed = file.read_bytes()
-    got = hashlib.sha256(packed).hexdigest()
-    if got != expected:
-        raise DataError(
-            "a Fashion-MNIST file is not the published one",
-            where=str(file),
-            got=f"sha256 {got[:12]}…",
-            allowed=f"sha256 {expected[:12]}…",
-        )
-    raw = gzip.decompress(packed)
+    raw = gzip.decompress(debian.read_file(TITLE, file, expected))
     rank = raw[3]
     shape = np.frombuffer(raw, dtype=">u4", count=rank, offset=4).astype(int)
     return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)

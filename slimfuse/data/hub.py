@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slimfuse.data.base import Image, ImageData, Split
 from slimfuse.errors import DataError, first_line
@@ -45,26 +46,66 @@ def load_hub(
     `folder=True` reads `path` as an image folder (one subfolder a class under each split). No
     code from the data set is run. Raises DataError with the columns and splits that exist.
     """
-    import datasets
-
-    where = f"data.path {path}"
     if folder and not Path(path).is_dir():
-        raise DataError("the image folder does not exist", where=where, got=path)
+        raise DataError("the image folder does not exist", where=f"data.path {path}", got=path)
+
+    def load() -> Any:
+        import datasets
+
+        if folder:
+            return datasets.load_dataset("imagefolder", data_dir=str(Path(path).resolve()))
+        return datasets.load_dataset(path, config)
+
+    columns = {"image_column": image_column, "label_column": label_column}
+    splits = (train_split, test_split)
+    parts = open_splits(path, load, splits, columns)
+    names = class_names(parts, label_column, path)
+    if names is None:
+        raise DataError(
+            f"column {label_column!r} is not a class label",
+            where=f"data.label_column of {path}",
+            got=str(parts[0].features[label_column]),
+            hint="cast it with datasets' ClassLabel, or use an image folder",
+        )
+    train, test = (
+        Split(Column(part, image_column), np.asarray(part[label_column], dtype=np.int64))
+        for part in parts
+    )
+    check_labels(path, splits, (train.labels, test.labels))
+    local = Path(path) if Path(path).exists() else None
+    return ImageData(
+        name=name_of(path),
+        train=train,
+        test=test,
+        classes=names,
+        image_size=image_size,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        fingerprint=_fingerprint(
+            dict(zip(splits, parts, strict=True)), image_column, label_column, local
+        ),
+    )
+
+
+def open_splits(
+    path: str, load: Callable[[], Any], splits: Sequence[str], columns: Mapping[str, str]
+) -> list[Any]:
+    """Return the named splits of what `load` makes with `datasets`.
+
+    path: the recipe's data.path; splits: the training split, then the test split; columns: those
+    needed, by their keys in the recipe. Raises DataError with the splits and columns that exist.
+    """
     try:
         with _quiet():
-            loaded = (
-                datasets.load_dataset("imagefolder", data_dir=str(Path(path).resolve()))
-                if folder
-                else datasets.load_dataset(path, config)
-            )
+            loaded = load()
     except Exception as error:
         raise DataError(
             "the data set could not be loaded",
-            where=where,
+            where=f"data.path {path}",
             got=first_line(error),
             hint="give a folder on this machine, or a hub name while online",
         ) from error
-    for part, key in ((train_split, "train_split"), (test_split, "test_split")):
+    for part, key in zip(splits, ("train_split", "test_split"), strict=True):
         if part not in loaded:
             raise DataError(
                 f"split {part!r} does not exist",
@@ -72,44 +113,38 @@ def load_hub(
                 allowed=", ".join(loaded),
                 hint="set data.train_split and data.test_split",
             )
-    features = loaded[train_split].features
-    for column, key in ((image_column, "image_column"), (label_column, "label_column")):
-        if column not in features:
+        features = loaded[part].features
+        for name, column in columns.items():
+            if column not in features:
+                raise DataError(
+                    f"column {column!r} does not exist",
+                    where=f"data.{name} of {path}",
+                    allowed=", ".join(features),
+                    hint=f"set data.{name}",
+                )
+    return [loaded[part] for part in splits]
+
+
+def class_names(parts: Sequence[Any], column: str, path: str) -> tuple[str, ...] | None:
+    """Return the classes of a column of class labels, None where its type has no names."""
+    names, *others = (getattr(part.features[column], "names", None) for part in parts)
+    if any(other != names for other in others):
+        raise DataError("the splits have different classes", where=f"data.path {path}")
+    return None if names is None else tuple(names)
+
+
+def check_labels(path: str, splits: Sequence[str], labels: Sequence[NDArray[np.int64]]) -> None:
+    """Raise DataError where a split has no rows, or one without a class (below 0)."""
+    for name, of_split in zip(splits, labels, strict=True):
+        if len(of_split) == 0 or of_split.min() < 0:
             raise DataError(
-                f"column {column!r} does not exist",
-                where=f"data.{key} of {path}",
-                allowed=", ".join(features),
-                hint=f"set data.{key}",
+                f"split {name!r} is empty or has unlabelled rows", where=f"data.path {path}"
             )
-    names = getattr(features[label_column], "names", None)
-    if names is None:
-        raise DataError(
-            f"column {label_column!r} is not a class label",
-            where=f"data.label_column of {path}",
-            got=str(features[label_column]),
-            hint="cast it with datasets' ClassLabel, or use an image folder",
-        )
-    if loaded[test_split].features[label_column].names != names:
-        raise DataError("the splits have different classes", where=where)
-    train, test = (
-        Split(Column(part, image_column), np.asarray(part[label_column], dtype=np.int64))
-        for part in (loaded[train_split], loaded[test_split])
-    )
-    for name, split in ((train_split, train), (test_split, test)):
-        if len(split) == 0 or split.labels.min() < 0:
-            raise DataError(f"split {name!r} is empty or has unlabelled rows", where=where)
-    local = Path(path).exists()
-    parts = {part: loaded[part] for part in (train_split, test_split)}
-    return ImageData(
-        name=Path(path).resolve().name if local else path,
-        train=train,
-        test=test,
-        classes=tuple(names),
-        image_size=image_size,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        fingerprint=_fingerprint(parts, image_column, label_column, Path(path) if local else None),
-    )
+
+
+def name_of(path: str) -> str:
+    """Return a hub's name as it is, and of a local path the last part."""
+    return Path(path).resolve().name if Path(path).exists() else path
 
 
 def _fingerprint(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from slimfuse.spaces import Atlas
 
 NormOrder = Literal["pre", "post"]
+NormKind = Literal["layer", "rms"]
+Readout = int | Literal["last", "mean", "all", "first+mean"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Block:
     """One pre-norm block, x + f(norm(x)): module paths from the model's root, names of its spaces.
 
     mlp: the module that makes the branch, `down` in it, or the one that makes what `down` reads.
+    gate: of a gated MLP, the reader whose activation multiplies what `up` makes; units are those
+    products. group_space: of the query heads that share a key head (grouped queries); head_space
+    is then of the key heads. q_norm, k_norm: what every head's queries and keys go through, each
+    with a gain that all heads share.
     """
 
     norm_order: ClassVar[NormOrder] = "pre"
@@ -54,6 +60,10 @@ class Block:
     qk_space: str
     vo_space: str
     mlp_space: str
+    gate: str = ""
+    group_space: str = ""
+    q_norm: str = ""
+    k_norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,21 +89,28 @@ class Pooler:
 class Layout:
     """Where a model's stream starts, runs and is read.
 
-    embed: module whose output is the first stream; embed_parameters write it linearly.
-    readout: the token whose stream the head reads, through `final_norm` in a pre-norm model and
-    through `pooler` where there is one. A post-norm model has no final norm (""), but one in
-    `embed`, behind what the embed_parameters write: embed_norm.
+    embed_parameters write the first stream linearly; in a post-norm model embed_norm stands
+    behind them. readout: the token whose stream the head reads, or how it reads several
+    (`walk.pooled`), through `final_norm` in a pre-norm model ("" in a post-norm one) and through
+    `pooler` where there is one. norm: what the norms divide by, the deviation of the channels
+    (layer) or their root mean square (rms). tied: the head's weight is the first of
+    embed_parameters. projection: the linear layer that writes the first stream of a post-norm
+    model whose embeddings have a width of their own; then there is no embed_norm. kept: what of
+    such embeddings, and of other parts that don't shrink, the target takes from the first parent.
     """
 
     stream_space: str
-    embed: str
     embed_parameters: tuple[str, ...]
     blocks: tuple[Block, ...]
     final_norm: str
     head: str
-    readout: int
+    readout: Readout
     embed_norm: str = ""
     pooler: Pooler | None = None
+    norm: NormKind = "layer"
+    tied: bool = False
+    projection: str = ""
+    kept: tuple[str, ...] = ()
 
     @property
     def norm_order(self) -> NormOrder:
@@ -148,8 +165,28 @@ class Family(Protocol):
     ) -> nn.Module:
         """Return a saved model in evaluation mode, strictly; raises ParentError."""
 
-    def flops(self, config: Any) -> int:
-        """Return the floating-point operations of one sample (2 per multiply-add)."""
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write a model as the stock class' own files, safetensors only."""
+
+    def flops(self, config: Any, tokens: int | None = None) -> int:
+        """Return the floating-point operations of one sample (2 per multiply-add).
+
+        tokens: of a text; None for the most that the model takes, and for images.
+        """
 
     def mismatches(self, configs: dict[str, Any]) -> list[str]:
         """Return what keeps models with these configs from being fused, one line each."""
+
+
+class ImageFamily(Family, Protocol):
+    """A family of images."""
+
+    def tokens(self, config: Any) -> int:
+        """Return how many tokens an image becomes."""
+
+
+class TextFamily(Family, Protocol):
+    """A family of texts."""
+
+    def first_position(self, config: Any) -> int:
+        """Return the place of a text's first token among the positions."""

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-Batch = Callable[[Tensor], Tensor]
-"""Sample indices (batch,) -> model inputs (batch, ...)."""
+from slimfuse.batch import Batch, call
+
+Fetch = Callable[[Tensor], Batch]
+"""Sample indices (batch,) -> model inputs."""
 
 
 def soft_targets(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
@@ -22,24 +24,24 @@ def soft_targets(logits: Sequence[Tensor], weights: Sequence[float], temperature
 
 
 def labels_loss(
-    batch: Batch, labels: Tensor, label_smoothing: float = 0.0
+    fetch: Fetch, labels: Tensor, label_smoothing: float = 0.0
 ) -> Callable[[nn.Module, Tensor], Tensor]:
     """Return cross-entropy against labels (n,) as a loss of (model, indices)."""
 
     def loss(model: nn.Module, indices: Tensor) -> Tensor:
-        device = _device(model)
-        scores = model(pixel_values=batch(indices).to(device)).logits
+        like = next(model.parameters())
+        scores = call(model, fetch(indices).to(like.device, like.dtype)).logits
         return nn.functional.cross_entropy(
-            scores.float(), labels[indices].to(device), label_smoothing=label_smoothing
+            scores.float(), labels[indices].to(like.device), label_smoothing=label_smoothing
         )
 
     return loss
 
 
 def distillation_loss(
-    batch: Batch,
+    fetch: Fetch,
     labels: Tensor,
-    teach: Callable[[Tensor, Tensor], Tensor],
+    teach: Callable[[Tensor, Batch], Tensor],
     *,
     temperature: float,
     hardness: float,
@@ -52,8 +54,9 @@ def distillation_loss(
     """
 
     def loss(model: nn.Module, indices: Tensor) -> Tensor:
-        inputs, device = batch(indices), _device(model)
-        scores = model(pixel_values=inputs.to(device)).logits.float()
+        inputs, like = fetch(indices), next(model.parameters())
+        device = like.device
+        scores = call(model, inputs.to(device, like.dtype)).logits.float()
         soft = nn.functional.kl_div(
             torch.log_softmax(scores / temperature, -1),
             teach(indices, inputs).to(device),
@@ -63,7 +66,3 @@ def distillation_loss(
         return hardness * temperature**2 * soft + (1 - hardness) * hard
 
     return loss
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

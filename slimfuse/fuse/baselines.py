@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Batches
 from slimfuse.errors import ParentError
 from slimfuse.families import Family, Layout
 from slimfuse.fuse import walk
 from slimfuse.moments import Moments
 from slimfuse.spaces import Atlas, LinearMap, transform
 from slimfuse.spaces.legs import Role
-
-Batches = Callable[[], Iterable[Tensor]]
 
 
 def subclone(parent: nn.Module, target: nn.Module, family: Family) -> None:
@@ -119,9 +118,10 @@ def _energies(
     seen = {name: Moments(x=size) for name, size in sizes.items()}
     with torch.no_grad():
         for batch in batches():
-            x = walk.embed(parent, layout, batch)
-            for block in layout.blocks:
-                heads = walk.attend(parent, block, walk.apply(parent, block.attention_norm, x))
+            begun = walk.start(parent, layout, batch)
+            x = begun.stream
+            for block, told in zip(layout.blocks, begun.calls, strict=True):
+                heads = walk.attend(parent, block, x, told)
                 seen[block.head_space].update(x=walk.rows(heads))
                 x = x + walk.apply(parent, block.o, heads)
                 units, out = walk.mlp(parent, block, x)

@@ -9,12 +9,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from slimfuse.errors import ShapeError, UserError
+from slimfuse.families import Layout
 from slimfuse.fuse.greedy import greedy_groups
 from slimfuse.fuse.plans import planned
 from slimfuse.fuse.solve import decoder, reduce_scores, reduce_values, roots
 from slimfuse.fuse.union import Member, Union
 from slimfuse.saliency import magnitude
-from slimfuse.spaces import LinearMap, NestedMap, identity
+from slimfuse.spaces import Atlas, LinearMap, NestedMap, identity
 from slimfuse.spaces.transform import axis_matrix
 from slimfuse.transport import Solver, from_assignment, masses, standardised_cost
 
@@ -124,6 +126,67 @@ def _merged(cov: Tensor, out: Tensor, order: list[int], settings: Choosing) -> T
         plan = from_assignment(torch.as_tensor(found, dtype=torch.long), len(order)).plan
     weighted = plan * mass[:, None]
     return weighted / weighted.sum(0).clamp_min(1e-30)
+
+
+def check_heads(union: Union, atlas: Atlas, layout: Layout, heads: Heads) -> None:
+    """Raise an error where heads have to stay whole and aren't asked to; atlas: the target's.
+
+    Rotary positions turn pairs of a head's queries and keys by fixed angles: heads can neither
+    shrink nor be averaged, and a key head keeps as many query heads.
+    """
+    if not union.whole_heads:
+        return
+    if heads == "merge":
+        raise UserError(
+            "heads under rotary positions can't be merged",
+            where="fuse.heads",
+            got=heads,
+            allowed="drop",
+        )
+    wanted = _head_sizes(atlas, layout)
+    for parent, own, where in zip(union.parents, union.atlases, union.layouts, strict=True):
+        if _head_sizes(own, where) != wanted:
+            raise ShapeError(
+                "heads under rotary positions keep their size and their groups",
+                where=f"parents.{parent.name}",
+                got="{} units, {} query heads a key head".format(*_head_sizes(own, where)),
+                allowed="{} units, {} query heads a key head, as the target".format(*wanted),
+            )
+
+
+def _head_sizes(atlas: Atlas, layout: Layout) -> tuple[int, int]:
+    """Return the units of a head and the query heads of a key head."""
+    block = layout.blocks[0]
+    group = atlas.spaces[block.group_space].size if block.group_space else 1
+    return atlas.spaces[block.qk_space].size, group
+
+
+def choose_groups(
+    union: Union,
+    members: Sequence[Member],
+    cov: Tensor,
+    out: Tensor,
+    count: int,
+    settings: Choosing,
+) -> Choice:
+    """Return the choice of `count` key heads, each whole and with all its query heads.
+
+    cov: of all query heads' outputs (Σ n, Σ n); out: what they write (m, Σ n).
+    """
+    heads = [union.atlases[m.parent].spaces[union.block(m).head_space].size for m in members]
+    size = len(cov) // sum(heads)
+    groups = list(torch.arange(len(cov)).split(size))
+    kept = keep(settings.units, cov, out, groups, count)
+    picks = torch.eye(sum(heads), dtype=torch.float64)[:, kept]
+    parts = zip(members, picks.split(heads), strict=True)
+    maps: list[Maps] = [{union.block(m).head_space: LinearMap(pick, pick)} for m, pick in parts]
+    push = torch.eye(len(cov), dtype=torch.float64)[:, torch.cat([groups[i] for i in kept])]
+    owners = [
+        (union.parents[m.parent].name, m.layer, h)
+        for m, n in zip(members, heads, strict=True)
+        for h in range(n)
+    ]
+    return Choice(maps, push, tuple(owners[i] for i in kept))
 
 
 def choose_heads(

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Inputs, token_mask
 from slimfuse.errors import ShapeError
 from slimfuse.families import Layout
 from slimfuse.fuse import walk
@@ -26,7 +27,7 @@ def match_depths(
     models: Sequence[nn.Module],
     layouts: Sequence[Layout],
     depth: int,
-    batches: Callable[[], Iterable[Tensor]],
+    batches: Callable[[], Iterable[Inputs]],
     given: Sequence[Sequence[int]] | None = None,
 ) -> list[Segments]:
     """Return every parent's segments for a target of `depth` blocks.
@@ -126,14 +127,17 @@ def cka(x: Tensor, y: Tensor) -> float:
     return float(cross.square().sum() / (own.norm() * other.norm()).clamp_min(1e-30))
 
 
-def _sample(model: nn.Module, layout: Layout, batches: Iterable[Tensor]) -> list[Tensor]:
+def _sample(model: nn.Module, layout: Layout, batches: Iterable[Inputs]) -> list[Tensor]:
     """Return centred rows (≤ ROWS, d) of the stream before the first and after every block."""
     kept: list[list[Tensor]] = [[] for _ in range(len(layout.blocks) + 1)]
     seen, samples = 0, SAMPLES
     for batch in batches:
-        for depth, x in enumerate(walk.streams(model, layout, batch[:samples])):
+        few = batch[:samples]
+        mask = token_mask(few)
+        real = None if mask is None else mask.flatten().nonzero()[:, 0]
+        for depth, x in enumerate(walk.streams(model, layout, few)):
             if depth % 2 == 0:
-                kept[depth // 2].append(walk.rows(x))
+                kept[depth // 2].append(walk.rows(x, real))
         seen += len(kept[0][-1])
         if seen >= ROWS:
             break

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from slimfuse.fuse.leave_out import LeaveOut
 from slimfuse.fuse.solve import ridge
+from slimfuse.moments import Moments
 
+Weighing = Literal["stream", "reading", "even"]
 Ridge = float | None
 """Strength relative to the mean diagonal of the inputs' covariance; None: by leaving out."""
 
 STRENGTHS = tuple(10.0**k for k in range(-6, 3))
+TINY = 1e-30
 WORK = 1.2e11  # multiply-adds of one covariance, a second or so of one core …
 ROWS = 3  # … but never fewer rows than this many times its width
 Groups = Iterable[tuple[Tensor, Tensor, Tensor]]
@@ -25,7 +29,8 @@ class Statistics:
     """Weighted statistics of goals (k) and inputs (d) of one layer.
 
     cross: Cov[goal, input] (k, d); gram: Cov[input] (d, d); mean_in (d,); mean_goal (k,);
-    variance: E|goal - mean|²; weight: the rows' total weight.
+    variance: E|goal - mean|²; weight: the rows' total weight. For a layer without a bias all are
+    moments about zero and both means are zeros.
     """
 
     cross: Tensor
@@ -34,6 +39,31 @@ class Statistics:
     mean_goal: Tensor
     variance: float
     weight: float
+    intercept: bool = True
+
+
+def spread(moments: Moments, a: str, b: str | None = None, *, intercept: bool = True) -> Tensor:
+    """Return what a fit takes of two sites: their covariance, second moment without intercept."""
+    return moments.cov(a, b) if intercept else moments.second(a, b)
+
+
+def centre(moments: Moments, site: str, *, intercept: bool = True) -> Tensor:
+    """Return what the intercept takes up of a site: its mean, zeros without one."""
+    mean = moments.mean(site)
+    return mean if intercept else torch.zeros_like(mean)
+
+
+def statistics(moments: Moments, goal: str, inputs: str, *, intercept: bool = True) -> Statistics:
+    """Return a fit's statistics from moments of its goals and inputs."""
+    return Statistics(
+        spread(moments, goal, inputs, intercept=intercept),
+        spread(moments, inputs, intercept=intercept),
+        centre(moments, inputs, intercept=intercept),
+        centre(moments, goal, intercept=intercept),
+        float(spread(moments, goal, intercept=intercept).trace()),
+        moments.weight,
+        intercept,
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +84,7 @@ class Fit:
 def fit(
     stats: Statistics, prior: Tensor, strength: Ridge, groups: Groups, bias: Tensor | None = None
 ) -> Fit:
-    """Return the ridge about `prior` (k, d) with a free bias.
+    """Return the ridge about `prior` (k, d), with a free bias if `stats` has an intercept.
 
     strength: None tries `STRENGTHS`, the prior with a fitted bias and, where the prior has a
     `bias` (k,), the prior untouched, and takes what predicts left-out groups best. groups:
@@ -65,7 +95,7 @@ def fit(
         return _done(stats, weight, stats.mean_goal - weight @ stats.mean_in, strength)
     judge = LeaveOut(
         stats.cross, stats.gram, stats.mean_in, stats.mean_goal, stats.weight, prior, bias,
-        STRENGTHS,
+        STRENGTHS, intercept=stats.intercept,
     )  # fmt: skip
     for inputs, goals, weights in groups:
         judge.update(inputs, goals, weights)
@@ -93,7 +123,10 @@ def _done(
 class Draw:
     """Which rows of a batch enter a statistic, and with what weight.
 
-    All, with their importance, unless the covariance would cost more than `WORK`: then a seeded
+    Rows of a stream count by their importance, under RMSNorm of errors in proportion to the
+    token's own stream: else the few tokens with massive activations (arXiv 2402.17762) would rule
+    every fit. Rows of what is read have one scale; an even weighing is of all real tokens.
+    All rows, unless the covariance would cost more than `WORK`: then a seeded
     draw, in which a row is the likelier the more important it is and the lighter the likelier it
     was, so that the expected sums are the same.
     """
@@ -101,15 +134,40 @@ class Draw:
     def __init__(self, importance: Tensor, rows: int) -> None:
         """Take importance (checkpoints, tokens), mean 1 at each, and the rows of a checkpoint."""
         self.importance, self.rows = importance, rows
+        self._real: list[Tensor] = []
+        self._energies: list[list[Tensor]] = []  # of every batch, at each checkpoint so far
+
+    def see(self, samples: int, mask: Tensor | None) -> None:
+        """Take note of the next batch; mask: its real tokens (samples, tokens), None for all."""
+        shape = (samples, self.importance.shape[1])
+        self._real.append(torch.ones(shape, dtype=torch.bool) if mask is None else mask.cpu())
+        self._energies.append([])
+
+    def tell(self, batch: int, energy: Tensor) -> None:
+        """Take note of |x|² (samples, tokens) of a batch at its next checkpoint (RMSNorm only)."""
+        self._energies[batch].append(energy.double().cpu())
+
+    def weights(self, checkpoint: int, batch: int, kind: Weighing = "stream") -> Tensor:
+        """Return the weight (r,) of every row of a batch, 0 where it only pads."""
+        real = self._real[batch]
+        if kind == "even":
+            return real.flatten().double()
+        weights = (self.importance[checkpoint] * real).flatten()
+        if kind == "stream" and self._energies[0]:
+            first = self._energies[0][checkpoint][self._real[0]].clamp_min(TINY)
+            energy = self._energies[batch][checkpoint].flatten().clamp_min(TINY)
+            weights = weights / (energy * (1 / first).mean())
+        return weights
 
     def __call__(
-        self, checkpoint: int, batch: int, samples: int, width: int
+        self, checkpoint: int, batch: int, width: int, kind: Weighing = "stream"
     ) -> tuple[Tensor, Tensor]:
         """Return places (r,) and weights (r,) for a covariance of this width."""
-        weights = self.importance[checkpoint].repeat(samples)
+        weights = self.weights(checkpoint, batch, kind)
         share = max(ROWS * width, WORK / width**2) / self.rows
         if share >= 1:
-            return torch.arange(len(weights)), weights
+            places = weights.nonzero()[:, 0]
+            return places, weights[places]
         likely = (share * weights).clamp_max(1.0)
         generator = torch.Generator().manual_seed(7_919 * checkpoint + batch)
         drawn = torch.rand(len(weights), generator=generator) < likely

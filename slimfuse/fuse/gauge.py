@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Batches
 from slimfuse.errors import ParentError
 from slimfuse.families import Family
 from slimfuse.fuse.canonical import State, canonical, check_symmetry, write
@@ -21,7 +22,6 @@ from slimfuse.transport import Solver, solve
 
 SOFT_UNITS = 8.0  # plans of fewer units converge slowly
 Mode = Literal["none", "permutation", "soft", "gauge"]
-Batches = Callable[[], Iterable[Tensor]]
 
 
 class Weighted(Protocol):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Batches, Inputs
 from slimfuse.errors import ShapeError
 from slimfuse.families import Block, Family, Layout
 from slimfuse.fuse.canonical import State, canonical, norms, reader_bias, set_reader_bias, write
-from slimfuse.fuse.gauge_stats import Batches, direction, row_weights, steps
+from slimfuse.fuse.gauge_stats import direction, row_weights, steps
 from slimfuse.fuse.greedy import greedy_groups
 from slimfuse.fuse.solve import decoder, reduce_scores, reduce_values
 from slimfuse.fuse.stream import centring
@@ -117,7 +118,7 @@ def complement(size: int) -> Tensor:
 
 
 def _watch(
-    model: nn.Module, layout: Layout, batches: Iterable[Tensor], importance: Tensor | None
+    model: nn.Module, layout: Layout, batches: Iterable[Inputs], importance: Tensor | None
 ) -> _Seen:
     seen: _Seen | None = None
     for batch in batches:

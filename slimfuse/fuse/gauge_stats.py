@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Inputs
 from slimfuse.families import Block, Layout
 from slimfuse.fuse import walk
 from slimfuse.moments import Moments
-
-Batches = Callable[[], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,21 +25,24 @@ class Step:
     parts: dict[str, Tensor]
 
 
-def steps(model: nn.Module, layout: Layout, batch: Tensor) -> Iterator[Step]:
+def steps(model: nn.Module, layout: Layout, batch: Inputs) -> Iterator[Step]:
     """Yield the embedding, then every attention and every MLP, as `walk.streams` orders them."""
-    x = walk.embed(model, layout, batch)
+    begun = walk.start(model, layout, batch)
+    x = begun.stream
     yield Step(walk.rows(x), {})
-    for block in layout.blocks:
-        x, parts = _attention(model, block, x)
+    for block, told in zip(layout.blocks, begun.calls, strict=True):
+        x, parts = _attention(model, block, x, told)
         yield Step(walk.rows(x), parts)
         units, out = walk.mlp(model, block, x)
         x = x + out
         yield Step(walk.rows(x), {"units": walk.rows(units)})
 
 
-def _attention(model: nn.Module, block: Block, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _attention(
+    model: nn.Module, block: Block, x: Tensor, told: walk.Call
+) -> tuple[Tensor, dict[str, Tensor]]:
     normed = walk.apply(model, block.attention_norm, x)
-    context = walk.attend(model, block, normed)
+    context = walk.attend(model, block, x, told)
     parts = {
         "q": walk.rows(walk.apply(model, block.q, normed)),
         "k": walk.rows(walk.apply(model, block.k, normed)),
@@ -112,7 +114,7 @@ class Meeting:
 def meet(
     anchor: tuple[nn.Module, Layout],
     other: tuple[nn.Module, Layout],
-    batches: Iterable[Tensor],
+    batches: Iterable[Inputs],
     importance: Tensor | None = None,
 ) -> Meeting:
     """Return the joint moments of two models of one depth; keys are weighted alike everywhere.

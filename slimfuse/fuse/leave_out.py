@@ -20,9 +20,10 @@ Group = tuple[Tensor, Tensor, Tensor]
 class Scores:
     """Mean weighted squared error |goal - prediction|² of groups that the fit did not see.
 
-    strengths, errors: of each ridge, weakest first; prior: of the prior's weights with their bias
-    fitted (strength = inf); untouched: of the prior with its own bias, None without one; groups,
-    rows: what the errors rest on. An error is inf where leaving a group out leaves no fit.
+    strengths, errors: of each ridge, weakest first; prior: of the prior's weights, with their bias
+    fitted where there is one (strength = inf); untouched: of the prior with its own bias, None
+    without one; groups, rows: what the errors rest on. An error is inf where leaving a group out
+    leaves no fit.
     """
 
     strengths: tuple[float, ...]
@@ -59,7 +60,8 @@ class LeaveOut:
     penalty unchanged, its residual is exactly e_b = (I - H_bb)⁻¹ r_b in √w scaling,
     H_bb = √w√wᵀ/Σw + Φ (Σw (gram + λI))⁻¹ Φᵀ, Φ = √w (φ - φ̄)
     (block form of the leave-one-out identity, arXiv 2203.07337; diagnostics.md §2).
-    One eigendecomposition of gram serves all strengths.
+    One eigendecomposition of gram serves all strengths. Without an intercept, statistics are second
+    moments, b = 0, φ isn't centred and H lacks its first part.
     """
 
     def __init__(
@@ -72,14 +74,19 @@ class LeaveOut:
         prior: Tensor,
         prior_bias: Tensor | None,
         strengths: Sequence[float],
+        *,
+        intercept: bool = True,
     ) -> None:
         """Take the weighted statistics of all rows.
 
         cross: Cov[goal, input] (k, d); gram: Cov[input, input] (d, d); mean_in: (d,); mean_goal:
         (k,); total_weight: Σw; prior: W₀ (k, d); prior_bias: b₀ (k,), or None to leave
-        "untouched" out of the choices; strengths: relative, all above 0.
+        "untouched" out of the choices; strengths: relative, all above 0. Without an intercept
+        cross and gram are second moments, both means zeros, and there is no prior_bias.
         """
         assert all(0 < s < inf for s in strengths), "a ridge needs a strength above 0"
+        assert intercept or (prior_bias is None and not mean_in.any() and not mean_goal.any())
+        self._intercept = intercept
         self.strengths = tuple(sorted(strengths))
         self._mean_in, self._mean_goal = mean_in.double(), mean_goal.double()
         self._prior, self._total = prior.double(), float(total_weight)
@@ -117,7 +124,7 @@ class LeaveOut:
         centred = root * (inputs - self._mean_in)
         rotated = centred @ self._basis
         residual = root * (goals - self._mean_goal) - centred @ self._prior.T
-        share = root / self._total**0.5
+        share = root / self._total**0.5 * self._intercept
         mean_part = share @ share.T
         if float(share.square().sum()) > 1 - TIE:  # nothing is left to fit a bias from
             mean_part = torch.eye(len(root), dtype=root.dtype)

@@ -63,8 +63,9 @@ class PostNorm:
         energies = [(m * g).square().sum() for m, g in zip(self.mixes, gains, strict=True)]
         self._shares = [float(e / sum(energies)) for e in energies]
         batches = range(len(self.run.sizes))
+        real = [self.run.draw.weights(0, b) > 0 for b in batches]
         means = [
-            sum(float(self.run.scale(p, b).double().mean()) for b in batches)
+            sum(float(walk.rows(self.run.scale(p, b))[real[b]].sum()) for b in batches)
             for p in range(len(states))
         ]
         mean = sum(share * own for share, own in zip(self._shares, means, strict=True))
@@ -98,11 +99,11 @@ class PostNorm:
         assert isinstance(norm, nn.LayerNorm)
         weight = 0.0
         n_sum = w_sum = nn_sum = nw_sum = ww_sum = torch.zeros((), dtype=torch.float64)
-        for b, samples in enumerate(self.run.sizes):
+        for b in range(len(self.run.sizes)):
             u = walk.rows(self.run.stream(b))
             n = (u - u.mean(1, keepdim=True)) / walk.norm_scale(norm, u)
             w = self._wanted(b)
-            share = self.run.draw.importance[checkpoint].repeat(samples)
+            share = self.run.draw.weights(checkpoint, b)
             weight += float(share.sum())
             n_sum, w_sum = n_sum + share @ n, w_sum + share @ w
             nn_sum, nw_sum = nn_sum + share @ n.square(), nw_sum + share @ (n * w)

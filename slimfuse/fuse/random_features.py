@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from slimfuse.batch import Inputs
 from slimfuse.fuse.builder import Builder, Held
 from slimfuse.fuse.choice import Choice
 
@@ -14,7 +15,9 @@ from slimfuse.fuse.choice import Choice
 class RandomFeatures(Builder):
     """The control: what reads the stream stays as it was initialised, only writers are fitted."""
 
-    def embed(self, batches: Iterable[Tensor]) -> None:
+    turns = False
+
+    def embed(self, batches: Iterable[Inputs]) -> None:
         """Start the streams; the embeddings stay."""
         self.run.start(batches)
 
@@ -34,3 +37,6 @@ class RandomFeatures(Builder):
         module = self.target.get_submodule(name)
         assert isinstance(module.weight, Tensor)
         return torch.zeros_like(module.weight, dtype=torch.float64), None
+
+    def _held_features(self, _transported: Callable[[], Tensor]) -> Tensor:
+        return torch.zeros(sum(self.union.widths), self.shape.hidden_size, dtype=torch.float64)

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from slimfuse.families import Layout
 from slimfuse.fuse import walk
-from slimfuse.fuse.fits import Groups, Statistics, fit
+from slimfuse.fuse.fits import Groups, fit, statistics
 from slimfuse.fuse.labels import Goals
 from slimfuse.fuse.running import JUDGES
 from slimfuse.fuse.solve import decoder
-from slimfuse.moments import Moments
 
 if TYPE_CHECKING:
     from slimfuse.fuse.builder import Builder
@@ -26,23 +25,27 @@ def fit_head(builder: Builder, goals: Goals) -> None:
     key = f"{layout.head}.weight"
     models = [parent.model for parent in union.parents]
     backs = None if layout.pooler is None else builder._fit_pooler(goals)
-    shape = builder.target.get_parameter(key).shape
+    shape, intercept = builder.target.get_parameter(key).shape, builder._biased(layout.head)
     sites = {f"n{p}": state[key].shape[1] for p, state in enumerate(union.states)}
     moments = builder._moments(goal=shape[0], t=shape[1], **sites)
     inputs, wanted = [], []
     for b in range(len(run.sizes)):
-        tops = [walk.read_out(m, layout, x) for m, x in zip(models, run.streams(b), strict=True)]
+        tops = [
+            walk.read_out(m, layout, x, run.masks[b])
+            for m, x in zip(models, run.streams(b), strict=True)
+        ]
         heads = zip(models, tops, strict=True)
         scores = [walk.apply(m, layout.head, top).double() for m, top in heads]
         wanted.append(goals(scores, [top.double() for top in tops]))
-        inputs.append(walk.read_out(builder.target, layout, run.stream(b)).double())
+        inputs.append(run.top(b).double())
         moments.update(goal=wanted[-1], t=inputs[-1], **dict(zip(sites, tops, strict=True)))
 
     def back(p: int) -> Tensor:
         """Return how a parent's features are read from the target's (d_p, m)."""
         if backs is not None:
             return backs[p]
-        return builder._readback(moments, p, p, _gain(union.states[p], layout, union.widths[p]))
+        gain = head_gain(union.states[p], layout, union.widths[p])
+        return builder._readback(moments, p, p, gain, intercept=intercept)
 
     def prior() -> Tensor:
         total = torch.zeros(shape, dtype=torch.float64)
@@ -51,7 +54,7 @@ def fit_head(builder: Builder, goals: Goals) -> None:
         return total
 
     weight, bias = builder._held(layout.head, prior)
-    stats = statistics(moments, "goal", "t")
+    stats = statistics(moments, "goal", "t", intercept=intercept)
     groups = _singles(torch.cat(inputs), torch.cat(wanted))
     found = fit(stats, weight, builder.settings.ridge, groups, bias)
     builder._write(layout.head, found, len(layout.blocks), stats.variance)
@@ -71,10 +74,10 @@ def fit_pooler(builder: Builder, goals: Goals) -> list[Tensor]:
     read = builder._moments(**sites, t=builder.shape.hidden_size)
     inputs, wanted = [], []
     for b in range(len(run.sizes)):
-        seen = [x[:, layout.readout] for x in run.streams(b)]
+        seen = [walk.pooled(layout, x, run.masks[b]) for x in run.streams(b)]
         pairs = zip(union.parents, seen, strict=True)
         raw = torch.cat([walk.apply(p.model, layout.pooler.dense, x) for p, x in pairs], dim=1)
-        inputs.append(run.stream(b)[:, layout.readout].double())
+        inputs.append(walk.pooled(layout, run.stream(b), run.masks[b]).double())
         wanted.append(raw.double())
         units.update(all=layout.pooler.activation(raw))
         read.update(t=inputs[-1], **dict(zip(sites, seen, strict=True)))
@@ -104,15 +107,7 @@ def fit_pooler(builder: Builder, goals: Goals) -> list[Tensor]:
     return list(torch.split(decoder(cov, push), sizes))
 
 
-def statistics(moments: Moments, goal: str, inputs: str) -> Statistics:
-    """Return a fit's statistics from moments of its goals and inputs."""
-    return Statistics(
-        moments.cov(goal, inputs), moments.cov(inputs), moments.mean(inputs), moments.mean(goal),
-        float(moments.cov(goal).trace()), moments.weight,
-    )  # fmt: skip
-
-
-def _gain(state: Mapping[str, Tensor], layout: Layout, width: int) -> Tensor:
+def head_gain(state: Mapping[str, Tensor], layout: Layout, width: int) -> Tensor:
     """Return the gain of the final norm (d_p,), ones where there is none."""
     if layout.final_norm:
         return state[f"{layout.final_norm}.weight"]

@@ -10,19 +10,20 @@ the last attention only the readout token does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Batches, Inputs, token_mask
 from slimfuse.errors import ParentError
 from slimfuse.families import Family, Layout
 from slimfuse.fuse import walk
 from slimfuse.fuse.builder import Builder, Part
 from slimfuse.fuse.cache import StreamCache
-from slimfuse.fuse.choice import Heads, Units
+from slimfuse.fuse.choice import Heads, Units, check_heads
 from slimfuse.fuse.depth import Segments, match_depths
 from slimfuse.fuse.fits import Draw, Ridge
 from slimfuse.fuse.importance import TOKENS, gradients, token_weights
@@ -35,8 +36,6 @@ from slimfuse.progress import track
 from slimfuse.transport import Solver
 
 __all__ = ["Batches", "Fusion", "Parent", "Part", "Settings", "refit"]
-
-Batches = Callable[[], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What a refit did: the stream's consensus and map, every fitted part, the stream's error."""
+    """What a refit did: the stream's consensus and map, every fitted part, the stream's error.
+
+    The map holds the turn that a tied head asked for (see `vocabulary`).
+    """
 
     consensus: Consensus
     stream: StreamMap
@@ -89,15 +91,17 @@ def refit(
     that don't fit into memory. Moments are float64, forward
     passes run in the models' own dtype. Source: fusion.md §3-5.
     """
-    head = target.get_parameter(f"{family.layout(target.config).head}.weight")
+    own = family.layout(target.config)
+    head = target.get_parameter(f"{own.head}.weight")
     goals = goals if goals is not None else MeanLogits([p.weight for p in parents], len(head))
     layouts = [family.layout(p.model.config) for p in parents]
-    depth = len(family.layout(target.config).blocks)
+    depth = len(own.blocks)
     hold_steady()
     with torch.no_grad(), StreamCache(folder=scratch) as cache:
         segments = match_depths([p.model for p in parents], layouts, depth, batches,
                                 settings.layers)  # fmt: skip
         union = Union(parents, family, segments)
+        check_heads(union, family.atlas(target.config), own, settings.heads)
         rows = count_rows(parents[0].model, layouts[0], batches())
         weights = [p.weight for p in parents]
         by_gradient = settings.stream == "gradient-pca"
@@ -109,7 +113,8 @@ def refit(
         importance = token_weights(found, weights)
         joint = union.joint_stream(batches(), importance, rows, n_batches)
         _check_alive(parents, joint, union.widths)
-        common = consensus(joint, union.widths, weights, centred=not union.post_norm)
+        centred = not (union.post_norm or union.rms)
+        common = consensus(joint, union.widths, weights, centred=centred)
         width = family.shape(target.config).hidden_size
         metric = None
         if by_gradient:  # x_p ≈ B_p y, so gradients come back by B_pᵀ
@@ -117,8 +122,9 @@ def refit(
             backs = zip(weights, directions, common.readbacks, strict=True)
             metric = torch.stack([w * back.T @ g @ back for w, g, back in backs]).sum(0)
         narrow = stream_map(
-            common.second, width, settings.stream, solver=settings.solver, metric=metric
-        )
+            common.second, width, settings.stream, solver=settings.solver, metric=metric,
+            norm=own.norm,
+        )  # fmt: skip
         kind = RandomFeatures if random_features else Builder
         builder = kind(
             union, target, family, cache, settings, Draw(importance, rows),
@@ -128,6 +134,9 @@ def refit(
         builder.embed(batches())
         build_blocks(builder, depth)
         builder.head(goals)
+    if builder.rotation is not None:
+        turn = builder.rotation
+        narrow = replace(narrow, encode=turn.T @ narrow.encode, decode=narrow.decode @ turn)
     return Fusion(
         common, narrow, tuple(builder.parts), tuple(builder.stream_errors), union.segments
     )
@@ -155,10 +164,11 @@ def build_blocks(builder: Builder, depth: int) -> None:
             tell(2 * block + 2)
 
 
-def count_rows(parent: nn.Module, layout: Layout, batches: Iterable[Tensor]) -> int:
-    """Return how many tokens all batches have at one depth."""
-    samples, tokens = 0, 0
+def count_rows(parent: nn.Module, layout: Layout, batches: Iterable[Inputs]) -> int:
+    """Return how many real tokens all batches have at one depth."""
+    count, tokens = 0, 0
     for batch in batches:
-        tokens = tokens or walk.embed(parent, layout, batch[:1]).shape[1]
-        samples += len(batch)
-    return samples * tokens
+        mask = token_mask(batch)
+        tokens = tokens or walk.start(parent, layout, batch[:1]).stream.shape[1]
+        count += len(batch) * tokens if mask is None else int(mask.sum())
+    return count

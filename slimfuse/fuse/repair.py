@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Batches
 from slimfuse.families import Family
 from slimfuse.fuse.builder import Builder, Held, Part
 from slimfuse.fuse.cache import StreamCache
@@ -17,7 +18,7 @@ from slimfuse.fuse.fits import Draw, Ridge
 from slimfuse.fuse.importance import TOKENS, gradients, token_weights
 from slimfuse.fuse.labels import Goals, MeanLogits
 from slimfuse.fuse.memory import hold_steady
-from slimfuse.fuse.refit import Batches, Settings, build_blocks, count_rows
+from slimfuse.fuse.refit import Settings, build_blocks, count_rows
 from slimfuse.fuse.union import Member, Parent, Union
 from slimfuse.spaces import LinearMap
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Inputs
 from slimfuse.families import Layout
 from slimfuse.fuse import walk
 from slimfuse.fuse.cache import StreamCache
-from slimfuse.fuse.fits import Draw, Groups, sequences
+from slimfuse.fuse.fits import Draw, Groups, Weighing, sequences
 from slimfuse.fuse.union import Member, Union
 
 JUDGES = 64  # sequences that judge a ridge: the order of strengths is what matters …
@@ -32,32 +34,51 @@ class Running:
         self.union, self.target, self.layout = union, target, layout
         self.cache, self.draw = cache, draw
         self.sizes: list[int] = []  # samples of every batch
+        self.masks: list[Tensor | None] = []  # their real tokens, see `walk.Start`
+        self.calls: list[list[tuple[walk.Call, ...]]] = []  # of every batch, each parent's blocks
+        self.own_calls: list[tuple[walk.Call, ...]] = []  # of every batch, the target's blocks
         self.tokens = 0
         self.left = [layout.embed_norm for layout in union.layouts]
         """The norm that each parent's stream has left, of post-norm parents."""
 
-    def start(self, batches: Iterable[Tensor]) -> None:
+    def start(self, batches: Iterable[Inputs]) -> None:
         """Start the streams from the embeddings."""
-        for b, batch in enumerate(batches):
+        for batch in batches:
             self.start_parents([batch])
-            self.cache.put("z", b, walk.embed(self.target, self.layout, batch))
+            self.start_own([batch])
 
-    def start_parents(self, batches: Iterable[Tensor]) -> None:
+    def start_own(self, batches: Iterable[Inputs]) -> None:
+        """Start the target's streams of the next batches."""
+        for b, batch in enumerate(batches, start=len(self.own_calls)):
+            begun = walk.start(self.target, self.layout, batch)
+            self.cache.put("z", b, begun.stream)
+            self.own_calls.append(begun.calls)
+
+    def start_parents(self, batches: Iterable[Inputs]) -> None:
         """Start the parents' streams of the next batches."""
         for b, batch in enumerate(batches, start=len(self.sizes)):
-            for p, x in enumerate(self.union.embed(batch)):
-                self.cache.put(f"x{p}", b, x)
-                self.tokens = x.shape[1]
-                if self.union.post_norm:
-                    model, layout = self.union.parents[p].model, self.union.layouts[p]
-                    total = walk.embed_sum(model, layout, batch)
+            calls = []
+            for p, (parent, layout) in enumerate(self.union.pairs):
+                if layout.embed_norm:
+                    begun, total = walk.start_sum(parent, layout, batch)
                     self._keep_scale(p, layout.embed_norm, total, b)
+                else:
+                    begun = walk.start(parent, layout, batch)
+                self.cache.put(f"x{p}", b, begun.stream)
+                calls.append(begun.calls)
+            self.tokens = begun.stream.shape[1]
             self.sizes.append(len(batch))
+            self.masks.append(begun.mask)
+            self.calls.append(calls)
+            self.draw.see(len(batch), begun.mask)
+            self._tell(b)
 
-    def start_sums(self, batches: Iterable[Tensor]) -> None:
+    def start_sums(self, batches: Iterable[Inputs]) -> None:
         """Put what a post-norm target's first norm sees in the place of its stream."""
         for b, batch in enumerate(batches):
-            self.cache.put("z", b, walk.embed_sum(self.target, self.layout, batch))
+            begun, total = walk.start_sum(self.target, self.layout, batch)
+            self.cache.put("z", b, total)
+            self.own_calls.append(begun.calls)
 
     def streams(self, batch: int) -> list[Tensor]:
         """Return every parent's stream."""
@@ -82,7 +103,8 @@ class Running:
         for k, member in enumerate(members):
             x = streams[member.parent]
             normed.append(self.union.normed(member, "attention_norm", x))
-            heads, total = self.union.attention(member, x, normed[-1])
+            told = self.calls[batch][member.parent][member.layer]
+            heads, total = self.union.attention(member, x, told)
             mid = self.union.landed(member, "attention_norm", total)
             outputs.append(heads)
             self.cache.put(f"i{k}", batch, x)
@@ -97,6 +119,7 @@ class Running:
                 streams[member.parent] = self.union.landed(member, "mlp_norm", total)
         for p, x in enumerate(goals):
             self.cache.put(f"x{p}", batch, x)
+        self._tell(batch)
         return normed, outputs
 
     def activate(self, members: Sequence[Member], batch: int) -> list[Tensor]:
@@ -112,6 +135,7 @@ class Running:
                 self._note(member, "mlp_norm", sums[member.parent], batch)
                 after = self.union.landed(member, "mlp_norm", total)
                 self.cache.put(f"x{member.parent}", batch, after)
+        self._tell(batch)
         return activations
 
     def normed(self, members: Sequence[Member], norm: str, batch: int) -> list[Tensor]:
@@ -125,6 +149,15 @@ class Running:
     def own(self, norm: str, batch: int) -> Tensor:
         """Return what the target's branch with the norm at this path reads."""
         return walk.reading(self.target, self.layout.blocks[0], norm, self.stream(batch))
+
+    def heads(self, index: int, batch: int) -> Tensor:
+        """Return what the heads of the target's block make of its stream."""
+        block, told = self.layout.blocks[index], self.own_calls[batch][index]
+        return walk.attend(self.target, block, self.stream(batch), told)
+
+    def top(self, batch: int) -> Tensor:
+        """Return what the target's head reads (n, m)."""
+        return walk.read_out(self.target, self.layout, self.stream(batch), self.masks[batch])
 
     def advance(self, name: str, batch: int, branch: Tensor) -> None:
         """Add what the layer `name` makes of its input to the target's stream.
@@ -140,18 +173,26 @@ class Running:
             for k in range(len(members)):
                 self.cache.drop(f"{name}{k}", b)
 
-    def judges(self, checkpoint: int, width: int, inputs: Rows, goals: Rows) -> Groups:
+    def judges(
+        self, checkpoint: int, width: int, inputs: Rows, goals: Rows, kind: Weighing = "stream"
+    ) -> Groups:
         """Yield the rows of some sequences, spread over all batches, for leaving out."""
         count = min(JUDGES, max(FEWEST, ENOUGH // self.tokens))
         step, first = max(1, sum(self.sizes) // count), 0
         for b, samples in enumerate(self.sizes):
-            places, weights = self.draw(checkpoint, b, samples, width)
+            places, weights = self.draw(checkpoint, b, width, kind)
             judged = (places // self.tokens + first) % step == 0
             first += samples
             if judged.any():
                 places, weights = places[judged], weights[judged]
                 rows = inputs(b, places), goals(b, places)
                 yield from sequences(places, self.tokens, *rows, weights)
+
+    def _tell(self, batch: int) -> None:
+        """Tell the draw how large RMSNorm parents' streams are: the mean square of a channel."""
+        if self.union.rms:
+            sizes = [x.double().square().mean(-1) for x in self.streams(batch)]
+            self.draw.tell(batch, torch.stack(sizes).mean(0))
 
     def _note(self, member: Member, norm: str, total: Tensor, batch: int) -> None:
         """Keep what a post-norm member's norm divides the sum with all branches so far by."""

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from slimfuse.families import NormKind
 from slimfuse.fuse.greedy import greedy_groups
 from slimfuse.fuse.plans import planned
 from slimfuse.fuse.solve import RANK_TOLERANCE, decoder, roots
@@ -65,9 +66,9 @@ def consensus(
     """Return the anchored consensus of the parents' streams (fusion.md §3).
 
     joint: E[x xᵀ / |P x_1|²] (Σd, Σd) of the concatenated streams; R_p = argmin E|x_1 - R x_p|²
-    on the channel-centred streams, or on the streams as they are (post-norm: what reads them sees
-    their mean over channels). A parent's weight is multiplied by the square of the share of
-    the anchor's energy that it explains: a stream that agrees poorly would blur the anchor's
+    on the channel-centred streams, or on the streams as they are (post-norm, RMSNorm: what reads
+    them sees their mean over channels). A parent's weight is multiplied by the square of the share
+    of the anchor's energy that it explains: a stream that agrees poorly would blur the anchor's
     (docs/decisions/0003).
     """
     cuts = torch.tensor([0, *widths]).cumsum(0).tolist()
@@ -99,11 +100,13 @@ def stream_map(
     *,
     solver: Solver = EXACT,
     metric: Tensor | None = None,
+    norm: NormKind = "layer",
 ) -> StreamMap:
     """Return the map of a stream with second moment (d, d) onto `width` channels.
 
     pca: top directions in an output basis orthogonal to the all-ones vector, so that the target's
-    LayerNorm loses nothing (width - 1 useful directions). gradient-pca: the same for the row space
+    LayerNorm loses nothing (width - 1 useful directions); under RMSNorm, which keeps the mean over
+    channels, all `width` of them. gradient-pca: the same for the row space
     of the top directions of G^½ S G^½, G the `metric` (d, d) of the loss' gradients: what the loss
     uses rather than what is loud. select: greedy choice of channels. ot: plan from all channels to
     the selected ones. cluster: k-means of the channels, the hard free-support barycentre.
@@ -112,14 +115,16 @@ def stream_map(
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     energy = values / values.sum().clamp_min(TINY)
     plan: TransportMap | None = None
+    centred = norm == "layer"
+    basis = _basis(width) if centred else torch.eye(width, dtype=torch.float64)
     if method == "pca":
-        top = vectors[:, : width - 1]
-        encode = _basis(width) @ top.T
+        top = vectors[:, : basis.shape[1]]
+        encode = basis @ top.T
         decode = encode.T
     elif method == "gradient-pca":
         assert metric is not None, "gradient-pca needs the gradients' second moment"
-        top = _weighted_directions(second, metric, width - 1)
-        encode = _basis(width) @ top.T
+        top = _weighted_directions(second, metric, basis.shape[1], centred=centred)
+        encode = basis @ top.T
         decode = decoder(second, encode.T)
     else:
         chosen = torch.tensor(pivots(second, width))
@@ -140,9 +145,10 @@ def stream_map(
     return StreamMap(encode, decode, energy, kept, plan)
 
 
-def _weighted_directions(second: Tensor, metric: Tensor, count: int) -> Tensor:
+def _weighted_directions(second: Tensor, metric: Tensor, count: int, *, centred: bool) -> Tensor:
     """Return an orthonormal basis (d, count) of the row space of the top of G^½ S G^½."""
-    project = centring(len(second))
+    size = len(second)
+    project = centring(size) if centred else torch.eye(size, dtype=torch.float64)
     metric = project @ metric @ project
     metric = metric + METRIC_FLOOR * metric.diagonal().mean() * project
     root, _ = roots(metric)

@@ -28,14 +28,15 @@ keep all tokens there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from slimfuse.batch import Batches
 from slimfuse.errors import ParentError, ShapeError
 from slimfuse.families import Family
 from slimfuse.fuse.cache import StreamCache
@@ -60,7 +61,7 @@ def fuse_by_transport(
     anchor: nn.Module,
     target: nn.Module,
     family: Family,
-    batches: Callable[[], Iterable[Tensor]],
+    batches: Batches,
     settings: TransportSettings,
     *,
     n_batches: int,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Inputs
 from slimfuse.families import Block, Family
 from slimfuse.fuse.cache import StreamCache
 from slimfuse.fuse.plans import unsolvable
@@ -73,7 +74,7 @@ class Move:
         self.moved: dict[str, Tensor] = {}
         self.records: list[MapRecord] = []
 
-    def run(self, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    def run(self, batches: Iterable[Inputs]) -> dict[str, Tensor]:
         """Return every parameter; batches are read once, if the settings ask for activations."""
         self._embed(batches)
         for layer, block in enumerate(self.layout.blocks):
@@ -85,7 +86,7 @@ class Move:
 
     # -- the sublayers ----------------------------------------------------------------------
 
-    def _embed(self, batches: Iterable[Tensor]) -> None:
+    def _embed(self, batches: Iterable[Inputs]) -> None:
         seen = self.reading.embed(batches) if self.settings.needs_activations else None
         names = self.layout.embed_parameters
         x, y = (
@@ -96,7 +97,7 @@ class Move:
         self._move(names, {self.space: self.stream})
 
     def _attention(self, layer: int, block: Block) -> None:
-        sites, skip = self.reading.attention(block, first=layer == 0)
+        sites, skip = self.reading.attention(layer)
         stream = {self.space: self.stream}
         q_rows, k_rows, v_rows = (self._rows(path, stream) for path in (block.q, block.k, block.v))
         # as they will be once moved, so that copies are alike: keys inside a head are summed
@@ -150,7 +151,7 @@ class Move:
         return torch.stack(found).mean(0)
 
     def _mlp(self, layer: int, block: Block) -> None:
-        sites, skip = self.reading.mlp(block)
+        sites, skip = self.reading.mlp(layer)
         rows = self._rows(block.up, {self.space: self.stream})
         evidence = self._evidence(sites.get("units"), rows, self._norms(block.down))
         units = {block.mlp_space: self._solve(f"mlp.{layer}", evidence)}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from slimfuse.families import Readout
 from slimfuse.transport import Solver, TransportMap
 
 Cost = Literal["activations", "weights", "combined"]
@@ -113,7 +114,7 @@ def after_addition(
     )
 
 
-def kept_tokens(kind: Tokens, window: int, tokens: int, readout: int, config: Any) -> Tensor:
+def kept_tokens(kind: Tokens, window: int, tokens: int, readout: Readout, config: Any) -> Tensor:
     """Return the places of the tokens whose rows count.
 
     all: every token. class: the readout token alone. window, in a sequence: tokens at most
@@ -124,6 +125,7 @@ def kept_tokens(kind: Tokens, window: int, tokens: int, readout: int, config: An
     place = torch.arange(tokens)
     if kind == "all":
         return place
+    assert isinstance(readout, int), "which token is the first to count?"
     if kind == "class":
         return place[[readout]]
     side = round((tokens - 1) ** 0.5)

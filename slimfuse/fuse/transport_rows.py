@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Inputs
 from slimfuse.families import Block, Layout
 from slimfuse.fuse import walk
 from slimfuse.fuse.cache import StreamCache
@@ -34,43 +36,50 @@ class Reading:
     ) -> None:
         self.models, self.layout, self.config = models, layout, config
         self.settings, self.tick = settings, tick
-        self.cache, self.batches = cache, 0
+        self.cache = cache
+        self.starts: list[tuple[walk.Start, ...]] = []
 
-    def embed(self, batches: Iterable[Tensor]) -> Moments | None:
+    def embed(self, batches: Iterable[Inputs]) -> Moments | None:
         """Start the streams and return their moments."""
         seen = None
         for batch in batches:
-            x, y = (walk.embed(m, self.layout, batch) for m in self.models)
-            self._put(self.batches, x, y)
-            self.batches += 1
-            seen = self._see(seen, x, y, before_mixing=True)
+            begun = tuple(walk.start(m, self.layout, batch) for m in self.models)
+            x, y = (start.stream for start in begun)
+            self.starts.append(begun)
+            self._put(len(self.starts) - 1, x, y)
+            seen = self._see(seen, x, y, begun[0].mask, before_mixing=True)
             self.tick()
         return seen
 
-    def attention(self, block: Block, *, first: bool) -> tuple[Sites, Tensor | None]:
+    def attention(self, layer: int) -> tuple[Sites, Tensor | None]:
         """Pass an attention: sites q, k, units (what the output projection reads), branch.
 
-        Returns also the root mean squares (m,) of the anchor's stream before it. first: queries
-        and keys haven't seen another token yet.
+        Returns also the root mean squares (m,) of the anchor's stream before it.
         """
-        return self._pass(lambda model, x: _attend(model, block, x), {"q", "k"} if first else set())
+        block = self.layout.blocks[layer]
+        early = set() if layer else {"q", "k"}  # these haven't seen another token yet
+        return self._pass(
+            lambda model, x, begun: _attend(model, block, x, begun.calls[layer]), early
+        )
 
-    def mlp(self, block: Block) -> tuple[Sites, Tensor | None]:
+    def mlp(self, layer: int) -> tuple[Sites, Tensor | None]:
         """Pass an MLP: sites units (what the second layer reads), branch; see `attention`."""
-        return self._pass(lambda model, x: _mlp(model, block, x), set())
+        block = self.layout.blocks[layer]
+        return self._pass(lambda model, x, _: _mlp(model, block, x), set())
 
     def _pass(
-        self, run: Callable[[nn.Module, Tensor], dict[str, Tensor]], early: set[str]
+        self, run: Callable[[nn.Module, Tensor, walk.Start], dict[str, Tensor]], early: set[str]
     ) -> tuple[Sites, Tensor | None]:
         sites: Sites = {}
         skip = _Power()
-        for i in range(self.batches):
+        for i, begun in enumerate(self.starts):
             x, y = (self.cache.get(who, i) for who in "xy")
-            skip.see(self._kept(y, before_mixing=False))
-            ours, theirs = run(self.models[0], x), run(self.models[1], y)
+            mask = begun[0].mask
+            skip.see(self._kept(y, mask, before_mixing=False))
+            ours, theirs = (run(*one) for one in zip(self.models, (x, y), begun, strict=True))
             for site, seen in ours.items():
                 sites[site] = self._see(
-                    sites.get(site), seen, theirs[site], before_mixing=site in early
+                    sites.get(site), seen, theirs[site], mask, before_mixing=site in early
                 )
             self._put(i, x + ours["branch"], y + theirs["branch"])
             self.tick()
@@ -80,14 +89,22 @@ class Reading:
         self.cache.put("x", batch, x)
         self.cache.put("y", batch, y)
 
-    def _see(self, seen: Moments | None, x: Tensor, y: Tensor, *, before_mixing: bool) -> Moments:
-        x, y = (self._kept(t, before_mixing=before_mixing) for t in (x, y))
+    def _see(
+        self,
+        seen: Moments | None,
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor | None,
+        *,
+        before_mixing: bool,
+    ) -> Moments:
+        x, y = (self._kept(t, mask, before_mixing=before_mixing) for t in (x, y))
         seen = seen or Moments(x=x.shape[1], y=y.shape[1])
         seen.update(x=x, y=y)
         return seen
 
-    def _kept(self, x: Tensor, *, before_mixing: bool) -> Tensor:
-        """Return the rows of the tokens that count.
+    def _kept(self, x: Tensor, mask: Tensor | None, *, before_mixing: bool) -> Tensor:
+        """Return the rows of the real tokens that count.
 
         The readout token alone says nothing before tokens mix, because it is the same in every
         sample: there all tokens count.
@@ -96,7 +113,10 @@ class Reading:
         keep = kept_tokens(
             settings.tokens, settings.window, x.shape[1], layout.readout, self.config
         )
-        return walk.rows(x if before_mixing and len(keep) == 1 else x[:, keep])
+        if before_mixing and len(keep) == 1:
+            keep = torch.arange(x.shape[1])
+        rows = walk.rows(x[:, keep])
+        return rows if mask is None else rows[mask[:, keep].flatten()]
 
 
 class _Power:
@@ -126,9 +146,9 @@ def anchor_norms(seen: Moments) -> Tensor:
     return seen.second("y").diagonal().clamp_min(0).sqrt()
 
 
-def _attend(model: nn.Module, block: Block, stream: Tensor) -> dict[str, Tensor]:
+def _attend(model: nn.Module, block: Block, stream: Tensor, told: walk.Call) -> dict[str, Tensor]:
     normed = walk.apply(model, block.attention_norm, stream)
-    units = walk.attend(model, block, normed)
+    units = walk.attend(model, block, stream, told)
     return {
         "q": walk.apply(model, block.q, normed),
         "k": walk.apply(model, block.k, normed),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Inputs, token_mask
 from slimfuse.families import Block, Family, Layout
 from slimfuse.fuse import walk
 from slimfuse.fuse.depth import Segments
@@ -57,8 +58,24 @@ class Union:
         """Whether the parents' norms stand behind the additions."""
         return self.layouts[0].norm_order == "post"
 
+    @property
+    def rms(self) -> bool:
+        """Whether the parents' norms keep the mean over channels."""
+        return self.layouts[0].norm == "rms"
+
+    @property
+    def whole_heads(self) -> bool:
+        """Whether the axis of queries and keys is fixed (rotary positions): heads stay whole."""
+        space = self.layouts[0].blocks[0].qk_space
+        return self.atlases[0].spaces[space].kind == "fixed"
+
     def __len__(self) -> int:
         return len(self.parents)
+
+    @property
+    def pairs(self) -> list[tuple[nn.Module, Layout]]:
+        """Every parent's model with its layout."""
+        return [(p.model, layout) for p, layout in zip(self.parents, self.layouts, strict=True)]
 
     def members(self, block: int) -> list[Member]:
         """Return the parents' blocks that a target block stands for."""
@@ -93,12 +110,13 @@ class Union:
         return [len(self.weight(m, part)) for m in members]
 
     def joint_stream(
-        self, batches: Iterable[Tensor], importance: Tensor, rows: int, count: int
+        self, batches: Iterable[Inputs], importance: Tensor, rows: int, count: int
     ) -> Tensor:
         """Return E[w x xᵀ / |P x_1|²] (Σd, Σd) of the joint streams over all depths and tokens.
 
-        Post-norm streams, which are read as they are, enter about their mean at each depth, and
-        with their norm's shift in the place of the mean over channels.
+        P removes the mean over channels, and is I under RMSNorm. Post-norm streams, which are read
+        as they are, enter about their mean at each depth, and with their norm's shift in the place
+        of the mean over channels.
         importance: w (checkpoints, tokens); rows: how many there are a depth, of which a seeded
         draw is used where they are many; count: how many batches there are.
         """
@@ -110,13 +128,14 @@ class Union:
         with track("reading the parents' streams", count) as tell:
             for i, batch in enumerate(drawn(batches, share)):
                 runs = [self._streams(p, batch) for p in range(len(self))]
+                mask = token_mask(batch)
+                real = None if mask is None else mask.flatten().nonzero()[:, 0]
                 for place, parallel in enumerate(zip(*runs, strict=True)):
-                    joint = torch.cat([walk.rows(x) for x in parallel], dim=1)
+                    joint = torch.cat([walk.rows(x, real) for x in parallel], dim=1)
                     first = joint[:, : self.widths[0]]
-                    shift = self._shift(place) if self.post_norm else first.mean(1, keepdim=True)
-                    centred = first - shift
-                    norm = centred.square().sum(1)
-                    weights = importance[place].repeat(len(batch)) / norm.clamp_min(1e-12)
+                    norm = (first - self._origin(place, first)).square().sum(1)
+                    weights = importance[place].repeat(len(batch))
+                    weights = walk.flat(weights[:, None], real)[:, 0] / norm.clamp_min(1e-12)
                     moments.update(weights, joint=joint)
                     total, mass = means[place]
                     means[place] = (total + weights @ joint, mass + float(weights.sum()))
@@ -127,12 +146,20 @@ class Union:
                 second -= torch.outer(total, total) / (mass * moments.weight)
         return second
 
-    def _shift(self, place: int) -> Tensor:
-        """Return the shift of the norm that the first parent's stream has left at a checkpoint."""
-        norm = self.layouts[0].norm_at(self.checkpoints(0)[place])
-        return self.states[0][f"{norm}.bias"].double()
+    def _origin(self, place: int, stream: Tensor) -> Tensor:
+        """Return what the norms leave out of the first parent's stream (r, d) at a checkpoint.
 
-    def _streams(self, parent: int, batch: Tensor) -> Iterator[Tensor]:
+        Its mean over channels; in a post-norm model the shift of the norm that it has left.
+        """
+        if self.rms:
+            return torch.zeros((), dtype=stream.dtype)
+        if not self.post_norm:
+            return stream.mean(1, keepdim=True)
+        layout = self.layouts[0]
+        left = layout.norm_at(self.checkpoints(0)[place]) or layout.projection
+        return self.states[0][f"{left}.bias"].double()
+
+    def _streams(self, parent: int, batch: Inputs) -> Iterator[Tensor]:
         """Yield a parent's streams at its checkpoints."""
         run = enumerate(walk.streams(self.parents[parent].model, self.layouts[parent], batch))
         depth, stream = next(run)
@@ -140,13 +167,6 @@ class Union:
             while depth < wanted:
                 depth, stream = next(run)
             yield stream
-
-    def embed(self, batch: Tensor) -> list[Tensor]:
-        """Return the first streams of a batch of inputs."""
-        return [
-            walk.embed(p.model, layout, batch)
-            for p, layout in zip(self.parents, self.layouts, strict=True)
-        ]
 
     def normed(self, member: Member, norm: str, stream: Tensor) -> Tensor:
         """Return what the member reads of a stream: behind one of its norms if they are before."""
@@ -167,10 +187,10 @@ class Union:
         model = self.parents[member.parent].model
         return walk.landed(model, block, getattr(block, norm), total)
 
-    def attention(self, member: Member, stream: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    def attention(self, member: Member, stream: Tensor, told: walk.Call) -> tuple[Tensor, Tensor]:
         """Return the heads' outputs and the sum of the stream and the branch."""
         model, block = self.parents[member.parent].model, self.block(member)
-        heads = walk.attend(model, block, normed)
+        heads = walk.attend(model, block, stream, told)
         return heads, stream + walk.apply(model, block.o, heads)
 
     def mlp(self, member: Member, stream: Tensor) -> tuple[Tensor, Tensor]:

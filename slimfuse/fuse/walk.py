@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Inputs, call, token_mask
 from slimfuse.families import Block, Layout
+
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class _ReachedError(Exception):
+    """A forward pass has come as far as it was wanted."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with beside the stream: masks, positions, flags."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """A batch before the first block.
+
+    stream: (batch, tokens, d); calls: one a block; mask: real tokens (batch, tokens), None where
+    all are.
+    """
+
+    stream: Tensor
+    calls: tuple[Call, ...]
+    mask: Tensor | None
 
 
 @contextmanager
@@ -32,17 +63,42 @@ def watch(model: nn.Module, **paths: str) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def embed(model: nn.Module, layout: Layout, inputs: Tensor) -> Tensor:
-    """Return the first stream (batch, tokens, d) of inputs (batch, …)."""
-    stream: Tensor = model.get_submodule(layout.embed)(inputs)
-    return stream
+def start(model: nn.Module, layout: Layout, inputs: Inputs) -> Start:
+    """Run a model up to its blocks, which only tell what they are called with."""
+    found: list[tuple[Tensor, Call]] = []
+    last = len(layout.blocks)
+
+    def tell(stream: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        stream = stream[0] if isinstance(stream, tuple) else stream
+        told = {name: None if name in CACHES else value for name, value in kwargs.items()}
+        found.append((stream, Call(args, told)))
+        if len(found) == last:
+            raise _ReachedError
+        return (stream,)  # some models take their blocks' first output, the others hand it on
+
+    with ExitStack() as stack:
+        for block in layout.blocks:
+            stack.enter_context(_instead(model.get_submodule(block.path), tell))
+        with suppress(_ReachedError):
+            call(model, inputs)
+    return Start(found[0][0], tuple(told for _, told in found), token_mask(inputs))
 
 
-def embed_sum(model: nn.Module, layout: Layout, inputs: Tensor) -> Tensor:
-    """Return what a post-norm model's first norm sees: the sum of the embeddings."""
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module do something else for a while."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def start_sum(model: nn.Module, layout: Layout, inputs: Inputs) -> tuple[Start, Tensor]:
+    """Return a post-norm model's start and what its first norm sees: the embeddings' sum."""
     with watch(model, total=layout.embed_norm) as seen:
-        embed(model, layout, inputs)
-    return seen["total"]
+        found = start(model, layout, inputs)
+    return found, seen["total"]
 
 
 def reading(model: nn.Module, block: Block, norm: str, stream: Tensor) -> Tensor:
@@ -61,14 +117,22 @@ def norm_scale(norm: nn.Module, total: Tensor) -> Tensor:
     return (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
 
 
-def attend(model: nn.Module, block: Block, seen: Tensor) -> Tensor:
-    """Return the heads' outputs (batch, tokens, heads·units), before the output projection.
+def attend(model: nn.Module, block: Block, stream: Tensor, told: Call) -> Tensor:
+    """Return the heads' outputs (batch, tokens, heads·units), before the output projection."""
+    caught: list[Tensor] = []
 
-    seen: what the branch reads, see `reading`.
-    """
-    with watch(model, context=block.o) as caught:
-        model.get_submodule(block.attention)(seen)
-    return caught["context"]
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        caught.append(inputs[0])
+        raise _ReachedError
+
+    handle = model.get_submodule(block.o).register_forward_pre_hook(hook)
+    try:
+        model.get_submodule(block.path)(stream, *told.args, **(told.kwargs or {}))
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
 
 
 def apply(model: nn.Module, path: str, x: Tensor) -> Tensor:
@@ -77,21 +141,51 @@ def apply(model: nn.Module, path: str, x: Tensor) -> Tensor:
     return out
 
 
-def read_out(model: nn.Module, layout: Layout, stream: Tensor) -> Tensor:
-    """Return what the head reads (batch, …): the readout token behind final norm or pooler."""
+def pooled(layout: Layout, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows (n, d) of a stream (batch, tokens, d) that the head reads.
+
+    A number is a token's place; last: each sequence's last real token; mean: over its real tokens;
+    all: every real token is a row; first+mean: the first token beside the mean of the others.
+    """
+    if isinstance(layout.readout, int):
+        return x[:, layout.readout]
+    if mask is None:
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    if layout.readout == "all":
+        return x[mask]
+    if layout.readout == "last":
+        places = torch.arange(x.shape[1], device=x.device)
+        return x[torch.arange(len(x)), (places * mask).argmax(1)]
+    if layout.readout == "first+mean":
+        others = pooled(replace(layout, readout="mean"), x[:, 1:], mask[:, 1:])
+        return torch.cat([x[:, 0], others], dim=1)
+    share = mask.to(x.dtype)
+    mean: Tensor = (share[:, :, None] * x).sum(1) / share.sum(1, keepdim=True)
+    return mean
+
+
+def read_out(
+    model: nn.Module, layout: Layout, stream: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Return what the head reads (n, …): `pooled` rows behind final norm or pooler."""
     if layout.pooler is not None:
-        dense = apply(model, layout.pooler.dense, stream[:, layout.readout])
+        dense = apply(model, layout.pooler.dense, pooled(layout, stream, mask))
         return layout.pooler.activation(dense)
     normed = apply(model, layout.final_norm, stream) if layout.final_norm else stream
-    return normed[:, layout.readout]
+    return pooled(layout, normed, mask)
 
 
-def streams(model: nn.Module, layout: Layout, inputs: Tensor) -> Iterator[Tensor]:
+def streams(model: nn.Module, layout: Layout, inputs: Inputs) -> Iterator[Tensor]:
     """Yield the stream at every depth: after embedding, each attention and each MLP."""
-    x = embed(model, layout, inputs)
+    yield from streams_from(model, layout, start(model, layout, inputs))
+
+
+def streams_from(model: nn.Module, layout: Layout, begun: Start) -> Iterator[Tensor]:
+    """Yield the stream at every depth of a batch that was started."""
+    x = begun.stream
     yield x
-    for block in layout.blocks:
-        heads = attend(model, block, reading(model, block, block.attention_norm, x))
+    for block, told in zip(layout.blocks, begun.calls, strict=True):
+        heads = attend(model, block, x, told)
         x = landed(model, block, block.attention_norm, x + apply(model, block.o, heads))
         yield x
         x = landed(model, block, block.mlp_norm, x + mlp(model, block, x)[1])

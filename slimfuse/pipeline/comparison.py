@@ -21,7 +21,7 @@ from slimfuse.pipeline.stages import Stages
 from slimfuse.progress import console
 from slimfuse.recipe import Anchor, Located, Recipe, Train, load_located
 from slimfuse.store import Store, write_text
-from slimfuse.tasks.image_classification import Pixels
+from slimfuse.tasks import Samples
 
 LEVEL = 0.95
 
@@ -141,7 +141,7 @@ def _one_seed(
         )
 
     stages = Stages(job, store)
-    shared: dict[str, Pixels] = stages.shared
+    shared: dict[str, Samples] = stages.shared
     scores = {p.name: stages.accuracy(stages.outputs(p).test).value for p in job.parents}
     for name, value in scores.items():
         note(f"parent {name}", "parent", 0, value)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +20,17 @@ from slimfuse_export import (
     open_session,
     quantization_plan,
     quantize_dynamic_int8,
+    resize_batch,
     save_reference,
 )
 from torch import Tensor
 
+from slimfuse.batch import arrays, call
 from slimfuse.errors import CheckFailed
 from slimfuse.onnx import export_onnx
 from slimfuse.pipeline.stages import EVALUATION_BATCH, BaseStages
 from slimfuse.progress import track, working
 from slimfuse.store import Stage
-from slimfuse.tasks.image_classification import Pixels, load_processor
 
 PARITY_BATCHES = (1, 3, 5)  # the graph is traced with 2
 PARITY_RTOL = 1e-4
@@ -58,20 +60,21 @@ class Deployment:
 
         def build(folder: Path) -> None:
             model = self.job.family.load(model_folder, attention="eager")
-            pixels = self.stages.pixels("test")
-            count = len(pixels)
-            example = pixels[torch.arange(2) % count]
+            samples = self.stages.samples("test")
+            count = len(samples)
+            example = samples[torch.arange(2) % count]
             with working(f"exporting {name} to ONNX"):
                 export_onnx(model, example, folder / "model.onnx", opset=opset)
             cases, gaps = [], []
             for batch in PARITY_BATCHES:
-                x = pixels[torch.arange(batch) % count]
+                inputs = samples[torch.arange(batch) % count]
                 with torch.no_grad():
-                    want = model(pixel_values=x).logits.numpy()
+                    want = call(model, inputs).logits.numpy()
+                given = arrays(inputs)
                 try:
                     gaps.append(
                         check_parity(
-                            folder / "model.onnx", {"pixel_values": x.numpy()}, want,
+                            folder / "model.onnx", given, want,
                             atol=atol, rtol=PARITY_RTOL, threads=self.job.threads,
                         ).max_abs
                     )  # fmt: skip
@@ -80,7 +83,7 @@ class Deployment:
                         f"the ONNX file of {name} gives other logits than torch (batch {batch})",
                         where=str(error.where), got=error.got, allowed=error.allowed,
                     ) from error  # fmt: skip
-                cases.append(({"pixel_values": x.numpy()}, {"logits": want}))
+                cases.append((given, {"logits": want}))
             save_reference(folder / "samples.npz", cases)
             (folder / "parity.json").write_text(json.dumps({"max_abs": max(gaps)}))
 
@@ -103,19 +106,20 @@ class Deployment:
         return self.store.stage("int8", inputs, build)
 
     def scores(self, stage: Stage, file: str, saved: Path, *, batch: int) -> Tensor:
-        """Return the test logits of an ONNX file, through the *saved* processor of `saved`."""
+        """Return the test logits of an ONNX file, through the *saved* preprocessor of `saved`."""
 
         def build(folder: Path) -> None:
             session = open_session(stage.path / file, threads=self.job.threads)
-            pixels = Pixels(self.job.data.test, load_processor(saved))
-            parts = []
-            with track(f"measuring {stage.name}", len(pixels)) as tell:
-                for chunk in torch.split(torch.arange(len(pixels)), batch):
-                    parts.append(
-                        session.run(["logits"], {"pixel_values": pixels[chunk].numpy()})[0]
-                    )
-                    tell(int(chunk[-1]) + 1)
-            scores = torch.from_numpy(np.concatenate(parts))
+            task = self.job.task
+            samples = task.samples(self.job.data.test, task.load(saved))
+            parts, order, done = [], samples.order, 0
+            with track(f"measuring {stage.name}", len(samples)) as tell:
+                for chunk in torch.split(order, batch):
+                    parts.append(session.run(["logits"], arrays(samples[chunk]))[0])
+                    done += len(chunk)
+                    tell(done)
+            found = torch.from_numpy(np.concatenate(parts))
+            scores = torch.empty_like(found).index_copy_(0, order, found)
             save_file({"test": scores}, folder / "logits.safetensors")
 
         made = self.store.stage(
@@ -124,6 +128,10 @@ class Deployment:
             build,
         )
         return load_file(made.path / "logits.safetensors")["test"]
+
+    def _usual(self, rows: int) -> dict[str, Any]:
+        """Return inputs of a usual size."""
+        return dict(resize_batch(arrays(self.job.example), rows))
 
     def latency(self, models: Mapping[str, tuple[Path, str]]) -> Stage:
         """Return a stage whose bench.json holds interleaved latencies of ONNX files by name."""
@@ -138,6 +146,7 @@ class Deployment:
                     warmup=spec.warmup,
                     min_seconds=spec.min_seconds,
                     seed=self.recipe.runtime.seed,
+                    make_inputs=self._usual,
                     progress=lambda share, label: tell(round(100 * share), label),
                 )
             conditions = [(t, b) for t in spec.threads for b in spec.batch]

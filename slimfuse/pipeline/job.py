@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from slimfuse_export.environment import cores_allowed, cpu_quota
 
-from slimfuse.data import ImageData, Split, load_digits, load_fashion_mnist, load_hub
-from slimfuse.errors import ParentError, ShapeError, first_line
-from slimfuse.families import FAMILIES, Family
+from slimfuse.errors import ParentError, ShapeError
+from slimfuse.families import FAMILIES, IMAGE_FAMILIES, TEXT_FAMILIES, Family
 from slimfuse.finetune.loop import Precision, best_precision
 from slimfuse.pipeline.checks import check_methods, check_teachers
-from slimfuse.pipeline.common import BaseJob, ParentJob
+from slimfuse.pipeline.common import BaseJob, Opened, ParentJob
+from slimfuse.pipeline.images import open_images
 from slimfuse.pipeline.labelling import check_training, class_places, with_labels
+from slimfuse.pipeline.origins import find_parent
 from slimfuse.pipeline.shaping import propose_shape, trained_config
-from slimfuse.recipe import Data, Recipe, Training
+from slimfuse.pipeline.texts import open_texts
+from slimfuse.recipe import Recipe, Training
 from slimfuse.shapes import Proposal
 from slimfuse.store import file_digest
-
-PROCESSOR_KEYS = (
-    "size", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
-    "image_std", "do_convert_rgb",
-)  # fmt: skip
-DEFAULT_IMAGE_SIZE = 224
+from slimfuse.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -51,51 +47,70 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     folder. Raises ParentError, DataError or ShapeError; nothing has been written by then. A
     latency budget is measured here, with models of random weights.
     """
-    family = FAMILIES[recipe.family]
-    folders = {
-        p.name: find_parent(p.name, p.from_, p.revision, path.parent)
-        for p in recipe.parents
-        if p.from_ is not None
-    }
+    family, task = FAMILIES[recipe.family], TASKS[recipe.task]
+
+    def find(name: str, origin: str | None, where: str, revision: str | None = None) -> Path | None:
+        if origin is None:
+            return None
+        return find_parent(name, origin, revision, path.parent, task, where=where)
+
     spec = recipe.fuse.ot.anchor
-    beside = {}
-    if spec is not None and spec.from_ is not None:
-        where = "fuse.ot.anchor"
-        beside["anchor"] = find_parent("anchor", spec.from_, None, path.parent, where=where)
+    saved, starts = {}, {}
+    for p in recipe.parents:
+        saved[p.name] = find(p.name, p.from_, f"parents.{p.name}", p.revision)
+        start = p.train.start if p.train is not None else None
+        starts[p.name] = find(p.name, start, f"parents.{p.name}.train")
+    folders = {name: folder for name, folder in saved.items() if folder is not None}
+    beside = {name: folder for name, folder in starts.items() if folder is not None}
+    home = find("anchor", spec.from_, "fuse.ot.anchor") if spec is not None else None
+    if home is not None:
+        beside["anchor"] = home
     configs = {name: family.load_config(str(folder)) for name, folder in folders.items()}
-    size = image_size(recipe.data, {name: c.image_size for name, c in configs.items()})
-    data = load_data(recipe.data, path.parent, size or DEFAULT_IMAGE_SIZE)
-    size = size or data.image_size
-    for parent in recipe.parents:
-        if parent.train is not None:
-            where = f"parents.{parent.name}.train"
-            check_training(parent.train, data, where)
-            configs[parent.name] = trained_config(family, parent.train, data, size, where)
+    opened = _open(recipe, family, folders | beside, configs, path.parent)
+    for p in recipe.parents:
+        if p.train is not None:
+            where = f"parents.{p.name}.train"
+            check_training(p.train, opened.data, where)
+            configs[p.name] = trained_config(family, p.train, opened, starts[p.name], where)
     configs = {p.name: configs[p.name] for p in recipe.parents}
     mismatched = family.mismatches(configs)
     if mismatched:
         raise ParentError(
             "the parents don't fit each other", where="parents", got="; ".join(mismatched)
         )
-    places = class_places(configs, data)
-    processor = common_processor(folders | beside, data, size)
+    places = class_places(configs, opened.data)
     for folder in folders.values():
         family.load(folder)  # strict, and sees a file that was cut off
-    proposal = propose_shape(recipe, configs, family, processor)
-    target = with_labels(proposal.config, configs, data)
+    proposal = propose_shape(recipe, configs, family, opened)
+    target = with_labels(proposal.config, configs, opened.data)
     parents = tuple(
-        parent_job(p.name, p.weight, configs[p.name], folders.get(p.name), p.train, places[p.name])
+        parent_job(
+            p.name, p.weight, configs[p.name], saved[p.name], p.train, places[p.name],
+            starts[p.name],
+        )
         for p in recipe.parents
-    )
-    anchor = _anchor(recipe, beside.get("anchor"), family, data, target, size)
-    runtime = recipe.runtime
+    )  # fmt: skip
+    anchor = _anchor(recipe, home, family, opened, target)
     job = Job(
-        recipe, path, family, data, processor, parents, anchor, target,
-        runtime.threads or cores(), best_of(recipe.runtime.precision), proposal,
+        recipe, path, family, task, opened.data, opened.preprocessor, parents, anchor, target,
+        recipe.runtime.threads or cores(), best_of(recipe.runtime.precision), opened, proposal,
     )  # fmt: skip
     check_methods(recipe, job.by_width, target, family, anchor)
     check_teachers(recipe, job.teachers, target)
     return job
+
+
+def _open(
+    recipe: Recipe,
+    family: Family,
+    folders: Mapping[str, Path],
+    configs: Mapping[str, Any],
+    beside: Path,
+) -> Opened:
+    if recipe.task == "image-classification":
+        return open_images(recipe.data, IMAGE_FAMILIES[recipe.family], folders, configs, beside)
+    every = {name: family.load_config(str(folder)) for name, folder in folders.items()}
+    return open_texts(recipe.data, TEXT_FAMILIES[recipe.family], folders, every, beside)
 
 
 def best_of(precision: Literal["auto", "fp32", "bf16"]) -> Precision:
@@ -110,17 +125,19 @@ def parent_job(
     folder: Path | None,
     train: Training | None,
     places: tuple[int, ...],
+    start: Path | None = None,
 ) -> ParentJob:
-    """Return a parent with the digest of its weights, where it has some."""
-    sha256 = None if folder is None else file_digest(folder / "model.safetensors")
-    return ParentJob(name, weight, config, folder, sha256, train, places)
+    """Return a parent with the digest of its weights, or of those that it starts from."""
+    home = folder or start
+    sha256 = None if home is None else file_digest(home / "model.safetensors")
+    return ParentJob(name, weight, config, folder, sha256, train, places, start)
 
 
 def _anchor(
-    recipe: Recipe, folder: Path | None, family: Family, data: ImageData, target: Any, size: int
+    recipe: Recipe, folder: Path | None, family: Family, opened: Opened, target: Any
 ) -> ParentJob | None:
     """Return the trained narrow model of `fuse.ot.anchor`, which has the target's shape."""
-    spec, where = recipe.fuse.ot.anchor, "fuse.ot.anchor"
+    spec, where, data = recipe.fuse.ot.anchor, "fuse.ot.anchor", opened.data
     if spec is None:
         return None
     if folder is not None:
@@ -129,7 +146,7 @@ def _anchor(
     else:
         assert spec.train is not None
         check_training(spec.train, data, f"{where}.train")
-        config = trained_config(family, spec.train, data, size, f"{where}.train")
+        config = trained_config(family, spec.train, opened, None, f"{where}.train")
     if family.shape(config) != family.shape(target):
         raise ShapeError(
             "the anchor is not of the target's shape",
@@ -151,144 +168,3 @@ def cores() -> int:
     """Return the processor cores this process may use: those allowed, no more than its quota."""
     quota = cpu_quota()
     return cores_allowed() if quota is None else min(cores_allowed(), max(1, int(quota)))
-
-
-def find_parent(
-    name: str, origin: str, revision: str | None, beside: Path, *, where: str | None = None
-) -> Path:
-    """Return the local folder of a parent, fetching a hub id once; raises ParentError."""
-    where = where or f"parents.{name}"
-    given = Path(origin).expanduser()
-    for folder in (beside / given, given):
-        if folder.is_dir():
-            if revision is not None:
-                raise ParentError(
-                    "a revision goes only with a hub id, and this is a folder here",
-                    where=f"{where}.revision",
-                    got=revision,
-                    hint="remove the key",
-                )
-            _need_files(name, folder)
-            return folder
-    hint = "give a folder with config.json, model.safetensors and preprocessor_config.json"
-    looks_local = origin.startswith((".", "/", "~")) or origin.count("/") != 1
-    top = Path(given.parts[0])
-    if not looks_local and ((beside / top).is_dir() or top.is_dir()):
-        looks_local = True  # a mistyped path rather than a hub id
-        hint = f"the folder {top} is here, but {given.name} is not in it; {hint}"
-    if looks_local:
-        raise ParentError(
-            f"parent {name!r} does not exist", where=f"{where}.from", got=origin, hint=hint
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        fetched = snapshot_download(
-            origin, revision=revision, allow_patterns=["*.json", "*.safetensors"]
-        )
-    except Exception as error:
-        raise ParentError(
-            f"parent {name!r} is neither a folder here nor to be had from the hub",
-            where=f"{where}.from",
-            got=f"{origin} ({first_line(error)})",
-            hint=f"{hint}, or a hub id while online",
-        ) from error
-    _need_files(name, Path(fetched))
-    return Path(fetched)
-
-
-def _need_files(name: str, folder: Path) -> None:
-    needed = ("config.json", "model.safetensors", "preprocessor_config.json")
-    missing = [f for f in needed if not (folder / f).is_file()]
-    if missing:
-        pickled = (
-            "pytorch_model.bin is not read: " if (folder / "pytorch_model.bin").is_file() else ""
-        )
-        raise ParentError(
-            f"parent {name!r} lacks {', '.join(missing)}",
-            where=str(folder),
-            hint=f"{pickled}save the model and its image processor with save_pretrained",
-        )
-
-
-def load_data(spec: Data, beside: Path, image_size: int) -> ImageData:
-    """Return the data set of a recipe, cut to its limits."""
-    path = spec.path
-    if path is not None and (beside / path).exists():
-        path = str(beside / path)
-    if spec.source == "digits":
-        data = load_digits()
-    elif spec.source == "fashion-mnist":
-        data = load_fashion_mnist(path)
-    else:
-        assert path is not None
-        data = load_hub(
-            path,
-            config=spec.config,
-            folder=spec.source == "imagefolder",
-            train_split=spec.train_split,
-            test_split=spec.test_split,
-            image_column=spec.image_column,
-            label_column=spec.label_column,
-            image_size=image_size,
-        )
-    return replace(
-        data, train=_cut(data.train, spec.limit.train), test=_cut(data.test, spec.limit.test)
-    )
-
-
-def _cut(split: Split, limit: int | None) -> Split:
-    """Return at most `limit` samples: a seeded draw, since many sets are sorted by class."""
-    return split if limit is None or limit >= len(split) else split.sample(limit, seed=0)
-
-
-def image_size(spec: Data, sizes: Mapping[str, int]) -> int | None:
-    """Return the input side that the recipe or the existing parents (of `sizes`) ask for."""
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
-        raise ParentError(
-            "the parents have different image sizes",
-            where="parents",
-            got=listed,
-            hint="fuse models that were trained on inputs of one size",
-        )
-    wanted = next(iter(sizes.values()), None)
-    if spec.image_size is not None and wanted is not None and spec.image_size != wanted:
-        raise ParentError(
-            "the recipe's image size is not the parents'",
-            where="data.image_size",
-            got=spec.image_size,
-            allowed=wanted,
-        )
-    return spec.image_size or wanted
-
-
-def common_processor(folders: Mapping[str, Path], data: ImageData, size: int) -> Any:
-    """Return the image processor that all parents share, a new one without saved parents."""
-    from slimfuse.tasks.image_classification import load_processor, make_processor
-
-    found = {name: load_processor(folder) for name, folder in folders.items()}
-    if not found:
-        return make_processor(size, data.mean, data.std)
-    (first, base), *others = found.items()
-    for name, processor in others:
-        pairs = [(k, getattr(base, k, None), getattr(processor, k, None)) for k in PROCESSOR_KEYS]
-        differing = [f"{k}: {first} has {a}, {name} has {b}" for k, a, b in pairs if a != b]
-        if differing:
-            raise ParentError(
-                "the parents prepare images differently",
-                where="preprocessor_config.json",
-                got="; ".join(differing),
-                hint="fine-tune one of them on the other's preprocessing",
-            )
-    made = base(images=np.zeros((size, size + 1, 3), np.uint8), return_tensors="np")
-    shape = tuple(made["pixel_values"].shape[1:])
-    if shape != (3, size, size) or {"height", "width"} - set(dict(base.size)):
-        raise ParentError(
-            "the image processor makes other images than the model takes",
-            where=str(folders[first] / "preprocessor_config.json"),
-            got=f"{' × '.join(map(str, shape))}, size {dict(base.size)}",
-            allowed=f"3 × {size} × {size}, size {{'height': {size}, 'width': {size}}}",
-            hint="save the processor with these sizes beside the model",
-        )
-    return base

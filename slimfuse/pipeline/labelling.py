@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 
-from slimfuse.data import ImageData, Split
+from slimfuse.data import DataSet, Split
 from slimfuse.errors import DataError
-from slimfuse.recipe import Train, Training
+from slimfuse.recipe import Data, Train, Training
 
 SHOWN = 6
+D = TypeVar("D", bound=DataSet)
 
 
 def class_places(
-    configs: Mapping[str, Any], data: ImageData, *, where: str | None = None
+    configs: Mapping[str, Any], data: DataSet, *, where: str | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Return the places of every parent's classes among the data's; together they cover all.
 
@@ -38,7 +40,7 @@ def class_places(
     return found
 
 
-def _places(where: str, config: Any, data: ImageData) -> tuple[int, ...]:
+def _places(where: str, config: Any, data: DataSet) -> tuple[int, ...]:
     labels = [str(v) for _, v in sorted(config.id2label.items(), key=lambda kv: int(kv[0]))]
     generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
     if generic and len(labels) == len(data.classes):
@@ -55,24 +57,40 @@ def _places(where: str, config: Any, data: ImageData) -> tuple[int, ...]:
     return tuple(known[label] for label in labels)
 
 
-def with_labels(config: Any, configs: Mapping[str, Any], data: ImageData) -> Any:
+def labelled(config: Any, labels: Sequence[str]) -> Any:
+    """Return a copy of a config with these classes."""
+    named = copy.deepcopy(config)
+    named.id2label = dict(enumerate(labels))
+    named.label2id = {label: i for i, label in enumerate(labels)}
+    return named
+
+
+def with_labels(config: Any, configs: Mapping[str, Any], data: DataSet) -> Any:
     """Return the target's config with all classes of the data, where no parent's do already."""
     if any(list(c.id2label.values()) == list(config.id2label.values()) and
            len(c.id2label) == len(data.classes) and
            _same_order(c, data) for c in configs.values()):  # fmt: skip
         return config
-    named = copy.deepcopy(config)
-    named.id2label = dict(enumerate(data.classes))
-    named.label2id = {label: i for i, label in enumerate(data.classes)}
-    return named
+    return labelled(config, data.classes)
 
 
-def _same_order(config: Any, data: ImageData) -> bool:
+def _same_order(config: Any, data: DataSet) -> bool:
     labels = tuple(str(v) for _, v in sorted(config.id2label.items(), key=lambda kv: int(kv[0])))
     return labels == data.classes or all(label == f"LABEL_{i}" for i, label in enumerate(labels))
 
 
-def training_split(train: Training, data: ImageData) -> Split:
+def limited(data: D, spec: Data) -> D:
+    """Return a data set with at most as many samples as the recipe allows."""
+    train, test = _cut(data.train, spec.limit.train), _cut(data.test, spec.limit.test)
+    return replace(data, train=train, test=test)
+
+
+def _cut(split: Split, limit: int | None) -> Split:
+    """Return at most `limit` samples: a seeded draw, since many sets are sorted by class."""
+    return split if limit is None or limit >= len(split) else split.sample(limit, seed=0)
+
+
+def training_split(train: Training, data: DataSet) -> Split:
     """Return what a parent is trained on: its shard, classes and samples; labels are its own."""
     split = data.train
     if train.samples is not None:
@@ -85,7 +103,7 @@ def training_split(train: Training, data: ImageData) -> Split:
         places = [data.classes.index(c) for c in classes]
         split = split.take(np.flatnonzero(np.isin(split.labels, places)))
         own = {place: i for i, place in enumerate(places)}
-        split = Split(split.images, np.array([own[int(y)] for y in split.labels], dtype=np.int64))
+        split = Split(split.items, np.array([own[int(y)] for y in split.labels], dtype=np.int64))
     return split
 
 
@@ -93,7 +111,7 @@ def _classes(train: Training) -> tuple[str, ...] | None:
     return train.classes if isinstance(train, Train) else None
 
 
-def check_training(train: Training, data: ImageData, where: str) -> None:
+def check_training(train: Training, data: DataSet, where: str) -> None:
     """Raise DataError for classes that don't exist and for more shards than samples."""
     for name in _classes(train) or ():
         if name not in data.classes:

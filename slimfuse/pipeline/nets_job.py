@@ -26,18 +26,22 @@ from slimfuse.nets import (
     pruned_config,
 )
 from slimfuse.pipeline.common import BaseJob, ParentJob
-from slimfuse.pipeline.job import (
+from slimfuse.pipeline.images import (
     DEFAULT_IMAGE_SIZE,
-    best_of,
+    Images,
     common_processor,
-    cores,
-    find_parent,
     image_size,
-    load_data,
+    load_images,
+)
+from slimfuse.pipeline.job import (
+    best_of,
+    cores,
     parent_job,
 )
 from slimfuse.pipeline.labelling import check_training
+from slimfuse.pipeline.origins import find_parent
 from slimfuse.recipe import NetConfig, NetRecipe, Pruned
+from slimfuse.tasks import TASKS
 from slimfuse.tasks.image_classification import load_processor
 
 ANCHOR = "fuse.anchor"
@@ -72,6 +76,10 @@ class Nets:
     def load(self, folder: str | Path, *, attention: str = "sdpa") -> nn.Module:
         """Return a saved net behind a classifier's interface; raises ParentError."""
         return load_classifier(folder)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write config.json and model.safetensors."""
+        model.save_pretrained(folder)  # type: ignore[operator]
 
     def shape(self, config: Config) -> Widths:
         """Return the sizes that may shrink."""
@@ -138,17 +146,18 @@ def prepare_nets(recipe: NetRecipe, path: Path) -> NetJob:
     path: the recipe's file, beside which relative paths are looked up first. Raises ParentError,
     DataError or ShapeError; nothing has been written by then.
     """
+    task = TASKS[recipe.task]
     folders = {
-        p.name: find_parent(p.name, p.from_, None, path.parent)
+        p.name: find_parent(p.name, p.from_, None, path.parent, task)
         for p in recipe.parents
         if p.from_ is not None
     }
     spec = recipe.fuse.anchor
     if spec is not None and spec.from_ is not None:
-        folders["anchor"] = find_parent("anchor", spec.from_, None, path.parent, where=ANCHOR)
+        folders["anchor"] = find_parent("anchor", spec.from_, None, path.parent, task, where=ANCHOR)
     sizes = {name: int(load_processor(f).size["height"]) for name, f in folders.items()}
     size = image_size(recipe.data, sizes)
-    data = load_data(recipe.data, path.parent, size or DEFAULT_IMAGE_SIZE)
+    data = load_images(recipe.data, path.parent, size or DEFAULT_IMAGE_SIZE)
     size = size or data.image_size
     processor = common_processor(folders, data, size)
     nets = Nets(size)
@@ -185,8 +194,8 @@ def prepare_nets(recipe: NetRecipe, path: Path) -> NetJob:
         anchor = replace(anchor, weight=spec.weight)
     runtime = recipe.runtime
     job = NetJob(
-        recipe, path, nets, data, processor, parents, anchor, None,
-        runtime.threads or cores(), best_of(runtime.precision),
+        recipe, path, nets, task, data, processor, parents, anchor, None,
+        runtime.threads or cores(), best_of(runtime.precision), Images(data, processor, size),
     )  # fmt: skip
     job = replace(job, target=_target(job))
     _check_methods(job)

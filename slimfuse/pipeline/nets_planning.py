@@ -9,7 +9,6 @@ from slimfuse.pipeline.planning import (
     RUNTIME_BYTES,
     Plan,
     Planned,
-    cached_bytes,
     disk_bytes,
     steps_for,
 )
@@ -33,7 +32,7 @@ def plan_nets(job: NetJob) -> Plan:
     # all nets' rows of a batch, and the moments of every pair of spaces
     rows = DOUBLE * recipe.fuse.batch_size * sum(sizes)
     fusing = 4 * sum(m.bytes for m in models) + rows + 3 * DOUBLE * sum(w**2 for w in widths)
-    memory = RUNTIME_BYTES + cached_bytes(job) + max(fusing, training, 6 * largest)
+    memory = RUNTIME_BYTES + job.opened.cached_bytes + max(fusing, training, 6 * largest)
     return Plan(tuple(models), memory, disk_bytes(models), None, False)
 
 

@@ -16,6 +16,7 @@ from slimfuse.pipeline.nets_job import NetJob, NetParentJob
 from slimfuse.pipeline.stages import BaseStages, config_values
 from slimfuse.pipeline.starts import solver_of
 from slimfuse.store import Stage
+from slimfuse.tasks.image_classification import PIXELS
 
 Record = dict[str, Any]
 
@@ -76,8 +77,8 @@ class NetStages(BaseStages):
 
     def batches(self) -> list[Tensor]:
         """Return the calibration images in batches."""
-        pixels, chunks = self.calibration()
-        return [pixels[chunk] for chunk in chunks]
+        samples, chunks = self.calibration()
+        return [samples[chunk].arguments[PIXELS] for chunk in chunks]
 
     def _net(self, folder: Path) -> nn.Module:
         model = self.job.family.load(folder)

@@ -13,12 +13,12 @@ from slimfuse.pipeline.nets_job import NetJob
 from slimfuse.progress import working
 from slimfuse.stock import verify
 from slimfuse.store import Stage
-from slimfuse.tasks.image_classification import Measured
+from slimfuse.tasks import Measured
 
 CARD = """\
 ---
 library_name: {{ library }}
-pipeline_tag: image-classification
+pipeline_tag: {{ task.name }}
 tags: [slimfuse, model-fusion, onnx]
 metrics: [accuracy]
 ---
@@ -31,7 +31,7 @@ One {{ model }}, fused by slimfuse {{ version }} from
 
 on `{{ data }}`, {{ training }}.
 
-| file | accuracy ({{ n }} test images, 95 % interval) |
+| file | accuracy ({{ n }} test {{ task.sample }}s, 95 % interval) |
 | --- | --- |
 {% for row in files %}| `{{ row.file }}` | {{ row.accuracy }}{{ row.note }} |
 {% endfor %}
@@ -48,9 +48,9 @@ Latency depends on the machine: measure it there with `slimfuse-export bench pat
 The folder is checked with `slimfuse verify` and `slimfuse-export check`.
 """
 STOCK = """\
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-model = AutoModelForImageClassification.from_pretrained("path/to/this/folder")
-processor = AutoImageProcessor.from_pretrained("path/to/this/folder")"""
+from transformers import {preprocessor}, {model}
+model = {model}.from_pretrained("path/to/this/folder")
+preprocessor = {preprocessor}.from_pretrained("path/to/this/folder")"""
 PLAIN = """\
 from onnxruntime import InferenceSession
 from transformers import AutoImageProcessor
@@ -76,7 +76,7 @@ def build_package(
     """
     onnx = folder / "onnx"
     onnx.mkdir(exist_ok=True)
-    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+    for name in ("config.json", "model.safetensors", *job.task.files):
         shutil.copyfile(finetuned.path / name, folder / name)
     for name in ("model.onnx", "samples.npz"):
         shutil.copyfile(exported.path / name, onnx / name)
@@ -111,7 +111,8 @@ def model_card(
     files: accuracy of each file, and the batch size it was measured at where that matters.
     """
     family, plain = job.family, isinstance(job, NetJob)
-    stock = plain or (job.target.architectures or ["ViTForImageClassification"])[0]
+    stock = plain or type(family.build(job.target)).__name__
+    opening = STOCK.format(preprocessor=job.task.auto_preprocessor, model=job.task.auto_model)
     taught = ", ".join(t.name for t in job.teachers)
     several = len(job.teachers) > 1
     quantize = job.recipe.export.quantize
@@ -119,7 +120,8 @@ def model_card(
     return template.render(
         name=job.recipe.name,
         library="onnx" if plain else "transformers",
-        opening=PLAIN if plain else STOCK,
+        task=job.task,
+        opening=PLAIN if plain else opening,
         model=family.shape(job.target) if plain else f"{stock} of {family.shape(job.target)}",
         version=version,
         parents=[

@@ -60,7 +60,7 @@ def _alignment_pictures(fusion: dict[str, Any]) -> list[Picture]:
         Picture(
             f"Agreement with {first} after alignment",
             f"Mean correlation of matched parts; of the streams: {streams}. What agrees little is "
-            "averaged away. Measured on the calibration images.",
+            "averaged away. Measured on the calibration samples.",
             f"Mean correlation of {', '.join(series)} over layers.",
             "lines",
             {"series": series, "xlabel": "layer", "ylabel": "mean correlation"},
@@ -96,7 +96,8 @@ def _stream_pictures(job: Job, fusion: dict[str, Any]) -> list[Picture]:
         Picture(
             "Energy of the residual stream",
             f"The {method} map to {width} channels keeps {kept:.1%} of the parents' common stream; "
-            f"{_width_for(energy, 0.99)} directions hold 99 %. Measured on the calibration images.",
+            f"{_width_for(energy, 0.99)} directions hold 99 %. Measured on the calibration "
+            "samples.",
             f"Cumulative share of energy over directions, reaching 99 % at "
             f"{_width_for(energy, 0.99)} of {len(energy)}.",
             "lines",
@@ -138,7 +139,7 @@ def _stream_pictures(job: Job, fusion: dict[str, Any]) -> list[Picture]:
             Picture(
                 "How much of the first parent's stream each parent explains",
                 "Parents that explain little have streams of their own: more of them is lost. "
-                "Measured on the calibration images.",
+                "Measured on the calibration samples.",
                 "; ".join(
                     f"{n} {a:.0%}"
                     for n, a in zip(fusion["parents"], fusion["agreement"], strict=True)
@@ -179,7 +180,7 @@ def _part_pictures(fusion: dict[str, Any]) -> list[Picture]:
         Picture(
             "What each refitted part misses",
             f"Largest: {PART_NAMES.get(worst['part'], worst['part'])} of layer {worst['layer']}, "
-            f"{worst['error']:.1%} of its goal's variance. Measured on the calibration images.",
+            f"{worst['error']:.1%} of its goal's variance. Measured on the calibration samples.",
             f"Refit error over {len(layers)} layers, one line a part.",
             "lines",
             {"series": {k: v for k, v in series.items() if len(v["x"]) > 1} or series,
@@ -189,7 +190,7 @@ def _part_pictures(fusion: dict[str, Any]) -> list[Picture]:
         Picture(
             "Error of the stream with depth",
             f"The narrow stream ends {errors[-1]:.1%} off the parents' common one; a rising line "
-            "would mean that errors pile up. Measured on the calibration images.",
+            "would mean that errors pile up. Measured on the calibration samples.",
             "Line of the stream's error after each attention and MLP.",
             "lines",
             {"series": {"stream": {"x": list(range(1, len(errors) + 1)), "y": errors}},

@@ -15,7 +15,6 @@ from slimfuse.pipeline.labelling import training_split
 from slimfuse.pipeline.shaping import largest_config
 from slimfuse.shapes import AXES, Proposal
 from slimfuse.store import Store, free_bytes
-from slimfuse.tasks.image_classification import CACHE_BYTES
 
 RUNTIME_BYTES = 1000 << 20  # the libraries and their ONNX exporter: 880 MiB measured with toys
 
@@ -57,24 +56,18 @@ def make_plan(job: Job) -> Plan:
     largest = max(m.bytes for m in models)
     samples = min(recipe.data.calibration.samples, len(job.data.train))
     widths = [family.shape(p.config).hidden_size for p in job.parents]
-    streams = 4 * samples * _tokens(job) * 2 * sum(widths)
-    streams += 4 * samples * _tokens(job) * 2 * family.shape(job.target).hidden_size
+    widths.append(family.shape(job.target).hidden_size)
+    tokens = job.opened.tokens(job.target)
+    streams = 4 * samples * tokens * 2 * sum(widths)
     units = sum(family.shape(p.config).intermediate_size for p in job.parents)
     moments = 8 * 4 * units**2
-    rows = 8 * recipe.fuse.batch_size * _tokens(job) * 3 * units
+    rows = 8 * recipe.fuse.batch_size * tokens * 3 * units
     fusing = sum(m.bytes for m in models) + child.bytes + streams + moments + rows
     training = 4 * largest + _activations(job)
     exporting = 6 * largest
-    memory = RUNTIME_BYTES + cached_bytes(job) + max(fusing, training, exporting)
+    memory = RUNTIME_BYTES + job.opened.cached_bytes + max(fusing, training, exporting)
     models.append(child)
     return Plan(tuple(models), memory, disk_bytes(models), job.proposal, _searched(job))
-
-
-def cached_bytes(job: BaseJob) -> int:
-    """Return the bytes of the images that are kept in memory."""
-    side = job.processor.size
-    pixels = 12 * int(side["height"]) * int(side["width"])
-    return sum(min(len(split) * pixels, CACHE_BYTES) for split in (job.data.train, job.data.test))
 
 
 def disk_bytes(models: Sequence[Planned]) -> int:
@@ -101,7 +94,7 @@ def _activations(job: Job) -> int:
     finetune = job.recipe.finetune
     trained = [(job.target, finetune.batch_size)] if finetune.epochs else []
     trained += [(p.config, p.train.batch_size) for p in job.parents if p.train is not None]
-    tokens = _tokens(job)
+    tokens = job.opened.tokens(job.target)
     sizes = [0]
     for config, batch in trained:
         shape = job.family.shape(config)
@@ -133,8 +126,4 @@ def _planned(job: Job, name: str, config: object, steps: int) -> Planned:
     with torch.device("meta"):
         params = sum(p.numel() for p in job.family.build(config).parameters())
     shape = str(job.family.shape(config))
-    return Planned(name, shape, params, job.family.flops(config), 4 * params, steps)
-
-
-def _tokens(job: Job) -> int:
-    return int((job.target.image_size // job.target.patch_size) ** 2) + 1
+    return Planned(name, shape, params, job.opened.flops(job.family, config), 4 * params, steps)

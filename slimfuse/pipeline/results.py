@@ -16,7 +16,7 @@ from slimfuse.pipeline.planning import Plan
 from slimfuse.recipe import Gate
 from slimfuse.report import Figure, GateResult, Latency, Report, Row, Speedup
 from slimfuse.store import Stage
-from slimfuse.tasks.image_classification import Measured
+from slimfuse.tasks import Measured
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from slimfuse.progress import console, working
 from slimfuse.recipe import Located, NetRecipe, Recipe, load_located
 from slimfuse.report import Report, render_html, to_json
 from slimfuse.store import LOCK, RESULTS, Store, write_text
-from slimfuse.tasks.image_classification import Measured
+from slimfuse.tasks import Measured
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from slimfuse.data import ImageData
-from slimfuse.errors import ShapeError
 from slimfuse.families import Family, Shape
-from slimfuse.recipe import Recipe, Target, Train
+from slimfuse.pipeline.common import Opened
+from slimfuse.pipeline.labelling import labelled
+from slimfuse.recipe import Recipe, Target, Train, TrainConfig
 from slimfuse.shapes import Budget, Proposal, Wish, resolve
 
 
 def propose_shape(
-    recipe: Recipe, configs: Mapping[str, Any], family: Family, processor: Any
+    recipe: Recipe, configs: Mapping[str, Any], family: Family, opened: Opened
 ) -> Proposal:
     """Return the planner's proposal for the target; raises ShapeError.
 
@@ -28,7 +29,7 @@ def propose_shape(
     wish = wish_of(recipe.target)
     if wish.budget is None or wish.budget.kind != "latency_ratio":
         return resolve(wish, largest, family)
-    with Timer(recipe, largest, family, processor) as timer:
+    with Timer(recipe, largest, family, opened.example) as timer:
         return resolve(wish, largest, family, time_ratio=timer)
 
 
@@ -59,20 +60,22 @@ def wish_of(target: Target) -> Wish:
     )  # fmt: skip
 
 
-def trained_config(family: Family, train: Train, data: ImageData, size: int, where: str) -> Any:
-    """Return the config of a model that the run trains; raises ShapeError for a bad patch."""
-    shape = train.config
-    if size % shape.patch_size:
-        raise ShapeError(
-            "patch_size must divide the image size",
-            where=f"{where}.config.patch_size",
-            got=f"{shape.patch_size} for images of {size} pixels",
-            allowed=", ".join(str(d) for d in range(1, size + 1) if size % d == 0),
-        )
-    return family.new_config(
-        Shape(
-            shape.hidden_size, shape.num_attention_heads, shape.intermediate_size,
-            shape.num_hidden_layers,
-        ),
-        patch_size=shape.patch_size, image_size=size, labels=train.classes or data.classes,
-    )  # fmt: skip
+def shape_of(spec: TrainConfig) -> Shape:
+    """Return the shape of a model that the run trains."""
+    return Shape(
+        spec.hidden_size, spec.num_attention_heads, spec.intermediate_size, spec.num_hidden_layers
+    )
+
+
+def trained_config(
+    family: Family, train: Train, opened: Opened, start: Path | None, where: str
+) -> Any:
+    """Return the config of a model that the run trains, from scratch or from the model in `start`.
+
+    Raises ShapeError where it isn't legal.
+    """
+    labels = train.classes or opened.data.classes
+    if start is None:
+        assert train.config is not None
+        return opened.new_config(family, train.config, labels, where)
+    return labelled(family.load_config(str(start)), labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slimfuse import __version__
-from slimfuse.finetune.distill import distillation_loss, labels_loss
+from slimfuse.data import Split
+from slimfuse.families.pretrained import begin
+from slimfuse.finetune.distill import Fetch, distillation_loss, labels_loss
 from slimfuse.finetune.loop import Schedule, fit, steps_of
 from slimfuse.fuse.union import Parent
 from slimfuse.pipeline.common import BaseJob, ParentJob
@@ -26,15 +28,10 @@ from slimfuse.pipeline.starts import METHODS, Ingredients
 from slimfuse.pipeline.teaching import Teaching, spread
 from slimfuse.recipe import Training
 from slimfuse.store import CHECKPOINT, KEY_LENGTH, Stage, Store, digest
-from slimfuse.tasks.image_classification import (
-    Measured,
-    Pixels,
-    accuracy,
-    augment,
-    logits,
-)
+from slimfuse.tasks import Augmentation, Measured, Samples, accuracy, logits
 
 EVALUATION_BATCH = 256
+Shared = dict[str, Samples]
 METHOD_OF = {"random-start": "random"}
 """Methods of rows whose name isn't their method's."""
 
@@ -51,16 +48,16 @@ class Outputs:
 class BaseStages(ABC):
     """The stages of one job; each method returns a finished stage, building it if need be."""
 
-    def __init__(self, job: BaseJob, store: Store, shared: dict[str, Pixels] | None = None) -> None:
+    def __init__(self, job: BaseJob, store: Store, shared: Shared | None = None) -> None:
         """Take a job and its store; shared: prepared splits of another job on the same data."""
         self.job, self.store, self.recipe = job, store, job.recipe
-        self.shared: dict[str, Pixels] = {} if shared is None else shared
+        self.shared: Shared = {} if shared is None else shared
         self.teaching = Teaching(self)
         self.base: dict[str, Any] = {
             "slimfuse": __version__,
             "versions": {name: version(name) for name in job.libraries},
             "threads": job.threads,
-            "processor": _plain(job.processor.to_dict()),
+            "processor": job.task.identity(job.processor),
             "data": job.data.fingerprint,
             "limit": [len(job.data.train), len(job.data.test)],
         }
@@ -75,14 +72,18 @@ class BaseStages(ABC):
         assert parent.train is not None
         inputs = self.base | {
             "config": config_values(parent.config),
-            "train": parent.train.model_dump(mode="json"),
+            "train": parent.train.model_dump(mode="json", exclude={"start"}),
             "precision": self.job.precision,
         }
+        if parent.start is not None:
+            inputs["start"] = parent.sha256
         train = parent.train
 
         def build(folder: Path) -> None:
             torch.manual_seed(train.seed)
             model = self.job.family.build(parent.config, attention="eager")
+            if parent.start is not None:
+                begin(model, parent.start)
             self.train(model, train, folder, parent)
 
         stage = self.store.stage(f"parent-{parent.name}", inputs, build)
@@ -92,13 +93,13 @@ class BaseStages(ABC):
         """Train a parent's model on labels and save it."""
         split = training_split(train, self.job.data)
         whole = split is self.job.data.train
-        pixels = self.pixels("train") if whole else Pixels(split, self.job.processor)
+        samples = self.samples("train") if whole else self.prepared(split)
         fit(
             model,
-            labels_loss(_batches(pixels, train.augment), pixels.labels, train.label_smoothing),
-            len(pixels),
+            labels_loss(self._fetch(samples, train.augment), samples.labels, train.label_smoothing),
+            len(samples),
             Schedule(
-                steps_of(len(pixels), train.epochs, train.batch_size), train.batch_size, train.lr,
+                steps_of(len(samples), train.epochs, train.batch_size), train.batch_size, train.lr,
                 train.weight_decay, train.warmup, None, train.seed,
             ),
             precision=self.job.precision,
@@ -151,17 +152,17 @@ class BaseStages(ABC):
 
         def build(folder: Path) -> None:
             model = self.job.family.load(start.path, attention="eager")
-            pixels = self.pixels("train")
+            samples = self.samples("train")
             losses = fit(
                 model,
                 distillation_loss(
-                    _batches(pixels, spec.augment),
-                    pixels.labels,
+                    self._fetch(samples, spec.augment),
+                    samples.labels,
                     self.teaching.targets(),
                     temperature=spec.distill.temperature,
                     hardness=spec.distill.hardness,
                 ),
-                len(pixels),
+                len(samples),
                 self.finetune_schedule,
                 precision=self.job.precision,
                 checkpoint=folder / CHECKPOINT,
@@ -195,29 +196,36 @@ class BaseStages(ABC):
 
     # -- helpers ----------------------------------------------------------------------------
 
-    def pixels(self, part: str) -> Pixels:
-        """Return a split seen through the processor, prepared once a run."""
+    def samples(self, part: str) -> Samples:
+        """Return a split seen through the preprocessor, prepared once a run."""
         if part not in self.shared:
-            self.shared[part] = Pixels(getattr(self.job.data, part), self.job.processor)
+            self.shared[part] = self.prepared(getattr(self.job.data, part))
         return self.shared[part]
 
-    def calibration(self) -> tuple[Pixels, tuple[Tensor, ...]]:
-        """Return the calibration images, and their indices in batches."""
+    def prepared(self, split: Split, *, uniform: bool = False) -> Samples:
+        """Return any split seen through the preprocessor."""
+        return self.job.task.samples(split, self.job.processor, uniform=uniform)
+
+    def calibration(self) -> tuple[Samples, tuple[Tensor, ...]]:
+        """Return the calibration samples, all of one size, and their indices in batches."""
         spec = self.recipe.data.calibration
-        pixels = Pixels(self.job.data.train.sample(spec.samples, spec.seed), self.job.processor)
-        return pixels, torch.arange(len(pixels)).split(self.recipe.fuse.batch_size)
+        samples = self.prepared(self.job.data.train.sample(spec.samples, spec.seed), uniform=True)
+        return samples, torch.arange(len(samples)).split(self.recipe.fuse.batch_size)
+
+    def _fetch(self, samples: Samples, kinds: Sequence[Augmentation]) -> Fetch:
+        return lambda indices: self.job.task.augment(samples[indices], kinds)
 
     def score(self, model: nn.Module, part: str, what: str) -> Tensor:
         """Return a model's logits on a split."""
-        return logits(model, self.pixels(part), batch_size=EVALUATION_BATCH, what=what)
+        return logits(model, self.samples(part), batch_size=EVALUATION_BATCH, what=what)
 
     def accuracy(self, scores: Tensor) -> Measured:
         """Return the accuracy of test logits."""
         return accuracy(scores, self.job.data.test.labels)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write a model and its image processor."""
-        model.save_pretrained(folder)  # type: ignore[operator]
+        """Write a model and its preprocessor."""
+        self.job.family.save(model, folder)
         self.job.processor.save_pretrained(folder)
 
 
@@ -251,13 +259,13 @@ class Stages(BaseStages):
             family = self.job.family
             model = family.build(self.job.target)
             loaded = [Parent(p.name, family.load(f), p.weight) for p, f, _ in parents]
-            pixels, chunks = self.calibration()
+            samples, chunks = self.calibration()
             jobs = [p for p, _, _ in parents]
             given = Ingredients(
                 parents=loaded,
                 target=model,
                 family=family,
-                batches=lambda: (pixels[chunk] for chunk in chunks),
+                batches=lambda: (samples[chunk] for chunk in chunks),
                 n_batches=len(chunks),
                 fuse=fuse,
                 anchor=lambda: family.load(anchor[0] if anchor else ""),
@@ -270,10 +278,6 @@ class Stages(BaseStages):
             self.save(model, folder)
 
         return self.store.stage(kind, inputs, build)
-
-
-def _batches(pixels: Pixels, kinds: Any) -> Callable[[Tensor], Tensor]:
-    return lambda indices: augment(pixels[indices], kinds)
 
 
 def config_values(config: Any) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from slimfuse.batch import Batches
 from slimfuse.errors import ShapeError
 from slimfuse.families import Family
 from slimfuse.fuse.baselines import select, subclone
@@ -40,7 +41,7 @@ class Ingredients:
     parents: list[Parent]
     target: nn.Module
     family: Family
-    batches: Callable[[], Iterable[Tensor]]
+    batches: Batches
     n_batches: int
     fuse: Fuse
     anchor: Callable[[], nn.Module]

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from slimfuse.batch import Batch, call
 from slimfuse.families import Layout
 from slimfuse.finetune.distill import soft_targets
 from slimfuse.fuse.labels import FLOOR, Goals, LabelUnion, Share
 from slimfuse.pipeline.common import ParentJob
 from slimfuse.pipeline.job import Job
-from slimfuse.tasks.image_classification import Pixels
+from slimfuse.tasks import Samples
 
 if TYPE_CHECKING:
     from slimfuse.pipeline.stages import BaseStages
@@ -33,13 +34,13 @@ def spread(scores: Tensor, places: Sequence[int], classes: int) -> Tensor:
 
 
 @torch.no_grad()
-def answer(model: nn.Module, layout: Layout, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def answer(model: nn.Module, layout: Layout, inputs: Batch) -> tuple[Tensor, Tensor]:
     """Return a model's logits (n, classes) and what its head reads (n, d)."""
     seen: list[Tensor] = []
     head = model.get_submodule(layout.head)
     handle = head.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))
     try:
-        logits: Tensor = model(pixel_values=inputs).logits
+        logits: Tensor = call(model, inputs).logits
     finally:
         handle.remove()
     return logits, seen[0]
@@ -101,8 +102,8 @@ class Teaching:
     def _union(self, parents: Sequence[ParentJob], models: Sequence[nn.Module]) -> LabelUnion:
         spec = self.job.recipe.data.calibration
         samples = self.job.data.train.sample(spec.samples, spec.seed)
-        pixels = Pixels(samples, self.job.processor)
-        answers = [self._answers(p, m, pixels) for p, m in zip(parents, models, strict=True)]
+        prepared = self.stages.prepared(samples)
+        answers = [self._answers(p, m, prepared) for p, m in zip(parents, models, strict=True)]
         return LabelUnion.fit(
             [logits for logits, _ in answers],
             [torch.tensor(p.places) for p in parents],
@@ -112,11 +113,11 @@ class Teaching:
         )
 
     def _answers(
-        self, parent: ParentJob, model: nn.Module, pixels: Pixels
+        self, parent: ParentJob, model: nn.Module, samples: Samples
     ) -> tuple[Tensor, Tensor]:
         layout = self._layout(parent)
-        chunks = torch.arange(len(pixels)).split(BATCH)
-        parts = [answer(model, layout, pixels[chunk]) for chunk in chunks]
+        chunks = torch.arange(len(samples)).split(BATCH)
+        parts = [answer(model, layout, samples[chunk]) for chunk in chunks]
         logits, features = (torch.cat(part) for part in zip(*parts, strict=True))
         return logits, features
 
@@ -124,7 +125,7 @@ class Teaching:
         assert isinstance(self.job, Job), "only there may parents know other classes"
         return self.job.family.layout(parent.config)
 
-    def targets(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def targets(self) -> Callable[[Tensor, Batch], Tensor]:
         """Return (sample indices, inputs) -> soft targets (batch, classes)."""
         temperature = self.job.recipe.finetune.distill.temperature
         teachers, family = self.job.teachers, self.job.family
@@ -136,16 +137,16 @@ class Teaching:
         models = [family.load(self.stages.parent(t)[0], attention="eager") for t in teachers]
         if not self.mixed(teachers):
 
-            def ask(_indices: Tensor, inputs: Tensor) -> Tensor:
+            def ask(_indices: Tensor, inputs: Batch) -> Tensor:
                 with torch.no_grad():
-                    scores = [m(pixel_values=inputs).logits for m in models]
+                    scores = [call(m, inputs).logits for m in models]
                 return soft_targets(scores, weights, temperature)
 
             return ask
         union = self._union(teachers, models)
         layouts = [self._layout(t) for t in teachers]
 
-        def unite(_indices: Tensor, inputs: Tensor) -> Tensor:
+        def unite(_indices: Tensor, inputs: Batch) -> Tensor:
             with torch.autocast(inputs.device.type, enabled=False):
                 answers = [answer(m, lay, inputs) for m, lay in zip(models, layouts, strict=True)]
             scores, features = ([a[i].float() for a in answers] for i in (0, 1))
@@ -153,7 +154,7 @@ class Teaching:
 
         if not self.cached:
             return unite
-        pixels = self.stages.pixels("train")
-        chunks = torch.arange(len(pixels)).split(BATCH)
-        every = torch.cat([unite(chunk, pixels[chunk]) for chunk in chunks])
+        samples = self.stages.samples("train")
+        chunks = torch.arange(len(samples)).split(BATCH)
+        every = torch.cat([unite(chunk, samples[chunk]) for chunk in chunks])
         return lambda indices, _inputs: every[indices]

@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from slimfuse_export import bench
+from slimfuse_export import bench, resize_batch
 
+from slimfuse.batch import Batch, arrays
 from slimfuse.families import Family
 from slimfuse.onnx import export_onnx
 from slimfuse.progress import working
@@ -24,11 +24,10 @@ class Timer:
     batch size; weights don't matter for time. Call it with a config.
     """
 
-    def __init__(self, recipe: Recipe, parent: Any, family: Family, processor: Any) -> None:
+    def __init__(self, recipe: Recipe, parent: Any, family: Family, example: Batch) -> None:
         self.recipe, self.family = recipe, family
         self.parent = parent
-        side = processor.size
-        self.example = torch.zeros(2, 3, int(side["height"]), int(side["width"]))
+        self.example = example
         self._folder = tempfile.TemporaryDirectory(prefix="slimfuse-timing-")
         self._base: Path | None = None
         self._count = 0
@@ -49,6 +48,7 @@ class Timer:
                 {"parent": self._base, "child": self._export(config)},
                 threads=[threads], batch=[batch], warmup=spec.warmup,
                 min_seconds=min(spec.min_seconds, MIN_SECONDS), seed=self.recipe.runtime.seed,
+                make_inputs=lambda rows: resize_batch(arrays(self.example), rows),
             )  # fmt: skip
         return float(result.ratio("parent", "child", threads=threads, batch=batch).value)
 

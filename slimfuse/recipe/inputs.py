@@ -38,24 +38,37 @@ class Calibration(Strict):
     seed: Seed = Field(0, description="Seed of their choice.")
 
 
+COLUMNS = ("train_split", "test_split", "image_column", "text_column", "label_column")
+IMAGES = ("digits", "fashion-mnist", "imagefolder")
+TEXTS = ("wordnet", "textfolder")
+SOURCES = (*IMAGES, *TEXTS, "datasets")
+
+
 class Data(Strict):
     """The data set that trains, calibrates and tests every model of the run."""
 
-    source: Literal["digits", "fashion-mnist", "imagefolder", "datasets"] = Field(
-        description="Kind of data set: digits comes with scikit-learn, datasets is the library."
+    source: Literal[
+        "digits", "fashion-mnist", "imagefolder", "wordnet", "textfolder", "datasets"
+    ] = Field(
+        description="Kind of data set: digits comes with scikit-learn, datasets is the library, "
+        "wordnet are glosses of nouns, a textfolder holds train and test as .csv or .jsonl."
     )
     path: Location | None = Field(
         None,
-        description="Folder of an imagefolder; name or local folder for datasets; "
-        "optionally the folder with fashion-mnist's idx.gz files.",
+        description="Folder of an imagefolder or textfolder; name or local folder for datasets; "
+        "optionally the folder with the files of fashion-mnist or wordnet.",
     )
     config: Text | None = Field(None, description="Configuration name, for datasets only.")
     train_split: Text = Field("train", description="Name of the training split.")
     test_split: Text = Field("test", description="Name of the split that is measured.")
     image_column: Text = Field("image", description="Column with the picture.")
+    text_column: Text = Field("text", description="Column with the text.")
     label_column: Text = Field("label", description="Column with the class.")
     image_size: Count | None = Field(
         None, description="Side of the square input in pixels; null: the parents' or native size."
+    )
+    max_length: Count | None = Field(
+        None, description="Most tokens of a text; null: what the tokenizer and the parents take."
     )
     limit: Limit = Field(Limit(), description="Caps on the number of samples.")
     calibration: Calibration = Field(
@@ -67,15 +80,15 @@ class Data(Strict):
         """Say which sources need a path, and which take neither a path nor a config."""
         source, path, config = raw.get("source"), raw.get("path"), raw.get("config")
         findings = []
-        if source in ("imagefolder", "datasets") and path is None:
+        if source in ("imagefolder", "textfolder", "datasets") and path is None:
             findings.append(Finding(("path",), f"missing key: source {source!r} needs it"))
         if source == "digits" and path is not None:
             findings.append(Finding(("path",), "source 'digits' takes no path", allowed="null"))
-        if source in ("digits", "fashion-mnist", "imagefolder") and config is not None:
+        if source != "datasets" and source in SOURCES and config is not None:
             what = f"source {source!r} takes no config"
             findings.append(Finding(("config",), what, allowed="null"))
-        if source in ("digits", "fashion-mnist"):
-            for key in ("train_split", "test_split", "image_column", "label_column"):
+        if source in ("digits", "fashion-mnist", "wordnet"):
+            for key in COLUMNS:
                 default = cls.model_fields[key].default
                 if raw.get(key, default) != default:
                     what = f"source {source!r} takes no {key}"
@@ -124,9 +137,16 @@ class Training(Strict):
 
 
 class _Shaped(Strict):
-    """A base of its own, so that the shape stands before the rest."""
+    """A base of its own, so that what it starts from stands before the rest."""
 
-    config: TrainConfig = Field(description="The parent's shape.")
+    config: TrainConfig | None = Field(
+        None, description="The shape of a new model; exactly one of config and start."
+    )
+    start: Location | None = Field(
+        None,
+        description="Pretrained model to start from with a new head: folder, hub id or "
+        "package:NAME.",
+    )
 
 
 class Train(Training, _Shaped):
@@ -136,13 +156,25 @@ class Train(Training, _Shaped):
         None, description="Train on the samples of these classes only; null: all."
     )
 
+    @classmethod
+    def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
+        """Demand one beginning."""
+        given = [key for key in ("config", "start") if raw.get(key) is not None]
+        if not given:
+            return [Finding((), "missing key: needs 'config' or 'start'")]
+        if len(given) > 1:
+            return [Finding(("start",), "stands beside 'config'", allowed="one of the two")]
+        return []
+
 
 class Parent(Strict):
     """A trained model to fuse: from a path or the hub, or trained by the run."""
 
     name: Slug = Field(description="Its name in the report and in distill.teachers.")
     from_: Location | None = Field(
-        None, alias="from", description="Local folder or hub id; exactly one of from and train."
+        None,
+        alias="from",
+        description="Local folder, hub id or package:NAME; exactly one of from and train.",
     )
     train: Train | None = Field(
         None, description="Train it in this run; exactly one of from and train."

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from slimfuse.errors import RecipeError
 from slimfuse.recipe.explain import explain
 from slimfuse.recipe.inputs import Parent
+from slimfuse.recipe.matching import TASK_FAMILIES
 from slimfuse.recipe.models import Recipe
 from slimfuse.recipe.nets import NetParent, NetRecipe
 from slimfuse.recipe.overrides import apply_override
@@ -22,7 +23,10 @@ from slimfuse.recipe.problems import InvalidRecipe, Loc, Problem
 from slimfuse.recipe.tree import MAX_BYTES, Tree, read_file
 
 AnyRecipe = Recipe | NetRecipe
-MODELS: dict[str, type[AnyRecipe]] = {"vit": Recipe, "auto": NetRecipe}
+MODELS: dict[str, type[AnyRecipe]] = {
+    family: Recipe for families in TASK_FAMILIES.values() for family in families
+}
+MODELS["auto"] = NetRecipe
 """The model of a recipe by its family."""
 
 
@@ -90,13 +94,13 @@ def load_located(path: Path, overrides: Sequence[str] = ()) -> Located:
 
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of a recipe, every key described."""
-    families: Any = [(model, "validation") for model in MODELS.values()]
+    families: Any = [(model, "validation") for model in dict.fromkeys(MODELS.values())]
     refs, schema = models_json_schema(families)
     shared = [key for key in _schema(Recipe)["required"] if key in _schema(NetRecipe)["required"]]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "required": shared,
-        "oneOf": [refs[model, "validation"] for model in MODELS.values()],
+        "oneOf": [refs[model, "validation"] for model in dict.fromkeys(MODELS.values())],
         **schema,
     }
 
@@ -120,7 +124,7 @@ def _validate(tree: Tree) -> tuple[AnyRecipe | None, list[Problem]]:
     family = tree.data.get("family")
     known = isinstance(family, str) and family in MODELS
     # without a family, the one whose keys the file has is meant
-    tries = [_try(tree, m) for m in ([MODELS[family]] if known else MODELS.values())]
+    tries = [_try(tree, m) for m in ([MODELS[family]] if known else dict.fromkeys(MODELS.values()))]
     return min(tries, key=lambda found: len(found[1]))
 
 

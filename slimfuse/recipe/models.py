@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from slimfuse.recipe.fusing import Fuse, Method, Target
 from slimfuse.recipe.inputs import Data, Parent
+from slimfuse.recipe.matching import check_task, dig, items
 from slimfuse.recipe.problems import Loc, nearest
 from slimfuse.recipe.strict import (
     Augment,
@@ -155,8 +156,12 @@ class Recipe(Strict):
 
     version: Annotated[Literal[1], ExactInt] = Field(description="Version of this format.")
     name: Slug = Field(description="Name of the run and of its folder.")
-    family: Literal["vit"] = Field(description="Model family of the parents and the target.")
-    task: Literal["image-classification"] = Field(description="What the models do.")
+    family: Literal["vit", "deit", "bert", "roberta", "distilbert", "electra"] = Field(
+        description="Model family of the parents and the target."
+    )
+    task: Literal["image-classification", "text-classification"] = Field(
+        description="What the models do."
+    )
     data: Data = Field(description="The data set.")
     parents: Parents = Field(description="The trained models to fuse, 1 to 8, of any widths.")
     target: Target = Field(description="The fused model's shape.")
@@ -176,9 +181,9 @@ class Recipe(Strict):
 
     @classmethod
     def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
-        """Demand parents' names that are free and distinct, and teachers that exist."""
+        """Demand parents' names that are free and distinct, teachers that exist, a task's data."""
         places = (("finetune", "distill", "teachers"), ("fuse", "parents"))
-        return check_names(raw, RESERVED_NAMES, places)
+        return check_names(raw, RESERVED_NAMES, places) + check_task(raw)
 
 
 def check_names(
@@ -208,15 +213,3 @@ def check_reference(loc: Loc, name: Any, names: Sequence[Any]) -> list[Finding]:
     if not isinstance(name, str) or name in known:
         return []
     return [Finding(loc, "no such parent", nearest(name, known), ", ".join(known))]
-
-
-def dig(value: Any, *keys: str) -> Any:
-    """Return what the keys lead to, or None where the way ends."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def items(value: Any) -> list[Any]:
-    """Return a list's items, none of anything else."""
-    return list(value) if isinstance(value, list | tuple) else []

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from slimfuse.recipe.fusing import Plans
 from slimfuse.recipe.inputs import Data, Training
+from slimfuse.recipe.matching import dig, items
 from slimfuse.recipe.models import (
     Bench,
     Export,
@@ -17,8 +18,6 @@ from slimfuse.recipe.models import (
     Runtime,
     check_names,
     check_reference,
-    dig,
-    items,
 )
 from slimfuse.recipe.strict import (
     BY_SCHEMA,

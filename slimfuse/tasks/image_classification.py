@@ -1,34 +1,25 @@
-"""Image classification: pixels through the saved processor, logits, accuracy."""
+"""Image classification: pixels through the saved processor."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from slimfuse.batch import Batch
 from slimfuse.data import Split
 from slimfuse.errors import ParentError, first_line
 from slimfuse.progress import track
+from slimfuse.tasks.base import Augmentation
 
+PIXELS = "pixel_values"
 CACHE_BYTES = 2 << 30
 SHIFT_FRACTION = 1 / 14  # of the image's side: two pixels of 28
-Augmentation = Literal["flip", "shift"]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A proportion with its 95 % Wilson interval over `n` samples."""
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 def make_processor(image_size: int, mean: Sequence[float], std: Sequence[float]) -> Any:
@@ -69,7 +60,12 @@ class Pixels:
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, indices: Tensor) -> Tensor:
+    @property
+    def order(self) -> Tensor:
+        """Every sample once, as they stand."""
+        return torch.arange(len(self))
+
+    def __getitem__(self, indices: Tensor) -> Batch:
         """Return float32 pixels (batch, 3, height, width) of the samples at `indices`."""
         if self._cache is None and self._bytes() <= CACHE_BYTES:
             chunks = torch.split(torch.arange(len(self)), 1024)
@@ -79,14 +75,15 @@ class Pixels:
                     parts.append(self._process(chunk))
                     tell(int(chunk[-1]) + 1)
             self._cache = torch.cat(parts)
-        return self._process(indices) if self._cache is None else self._cache[indices]
+        found = self._process(indices) if self._cache is None else self._cache[indices]
+        return Batch({PIXELS: found})
 
     def _bytes(self) -> int:
         side = self.processor.size
         return len(self) * 3 * int(side["height"]) * int(side["width"]) * 4
 
     def _process(self, indices: Tensor) -> Tensor:
-        images = [self.split.images[int(i)] for i in indices]
+        images = [self.split.items[int(i)] for i in indices]
         out = self.processor(images=images, return_tensors="pt", input_data_format="channels_last")
         pixels: Tensor = out["pixel_values"]
         return pixels
@@ -107,27 +104,29 @@ def augment(pixels: Tensor, kinds: Sequence[Augmentation]) -> Tensor:
     return pixels
 
 
-@torch.no_grad()
-def logits(model: nn.Module, pixels: Pixels, *, batch_size: int = 256, what: str) -> Tensor:
-    """Return float32 logits (n, classes) of every sample, in order, in the model's precision."""
-    model.eval()
-    device = next(model.parameters()).device
-    dtype = next(model.parameters()).dtype
-    out = []
-    with track(what, len(pixels)) as tell:
-        for chunk in torch.split(torch.arange(len(pixels)), batch_size):
-            batch = pixels[chunk].to(device, dtype)
-            out.append(model(pixel_values=batch).logits.float().cpu())
-            tell(int(chunk[-1]) + 1)
-    return torch.cat(out)
+class ImageClassification:
+    """Images of one label each."""
 
+    name = "image-classification"
+    sample = "image"
+    preprocessor = "image processor"
+    files: tuple[str, ...] = ("preprocessor_config.json",)
+    auto_model = "AutoModelForImageClassification"
+    auto_preprocessor = "AutoImageProcessor"
 
-def accuracy(scores: NDArray[np.float32] | Tensor, labels: NDArray[np.int64]) -> Measured:
-    """Return top-1 accuracy of scores (n, classes) with its 95 % Wilson interval."""
-    from scipy.stats import binomtest
-    from sklearn.metrics import accuracy_score
+    def load(self, folder: Path) -> Any:
+        """Return the saved image processor of a model's folder; raises ParentError."""
+        return load_processor(folder)
 
-    predicted = np.asarray(scores).argmax(axis=1)
-    right = int(accuracy_score(labels, predicted, normalize=False))
-    interval = binomtest(right, len(labels)).proportion_ci(method="wilson")
-    return Measured(right / len(labels), float(interval.low), float(interval.high), len(labels))
+    def identity(self, preprocessor: Any) -> dict[str, Any]:
+        """Return what the processor does with an image."""
+        found: dict[str, Any] = json.loads(json.dumps(preprocessor.to_dict(), default=str))
+        return found
+
+    def samples(self, split: Split, preprocessor: Any, *, uniform: bool = False) -> Pixels:
+        """Return a split's images; all are of one size anyway."""
+        return Pixels(split, preprocessor)
+
+    def augment(self, batch: Batch, kinds: Sequence[Augmentation]) -> Batch:
+        """Return randomly flipped and shifted images."""
+        return Batch({PIXELS: augment(batch.arguments[PIXELS], kinds)}) if kinds else batch

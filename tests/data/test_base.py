@@ -31,9 +31,9 @@ def split() -> Split:
 
 
 def ids(part: Split) -> list[int]:
-    found = [int(part.images[i][0, 0, 0]) for i in range(len(part))]
+    found = [int(part.items[i][0, 0, 0]) for i in range(len(part))]
     assert [10 * i for i in found] == part.labels.tolist()  # images and labels stay together
-    assert len(part.images) == len(part)
+    assert len(part.items) == len(part)
     return found
 
 
@@ -66,6 +66,6 @@ def test_a_sample_has_no_sample_twice_and_at_most_all() -> None:
 def test_selecting_decodes_nothing() -> None:
     whole = split()
     part = whole.shard(1, 2).sample(3, seed=0).take(np.arange(2))
-    assert isinstance(whole.images, Lazy) and whole.images.read == []
-    part.images[1]
-    assert len(whole.images.read) == 1
+    assert isinstance(whole.items, Lazy) and whole.items.read == []
+    part.items[1]
+    assert len(whole.items.read) == 1

@@ -43,9 +43,9 @@ def test_images_and_labels_are_read_as_written(files: Path) -> None:
     random = np.random.default_rng(0)
     for split, n in ((data.train, 5), (data.test, 3)):
         grey = random.integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        assert len(split) == len(split.images) == n
+        assert len(split) == len(split.items) == n
         for i in range(n):
-            assert np.array_equal(split.images[i], np.stack([grey[i]] * 3, axis=-1))
+            assert np.array_equal(split.items[i], np.stack([grey[i]] * 3, axis=-1))
         assert split.labels.tolist() == [3 * i % 10 for i in range(n)]
     assert len(data.classes) == 10 and data.image_size == 28
 

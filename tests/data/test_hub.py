@@ -29,15 +29,15 @@ def test_an_image_folder_gives_every_image_with_its_class(folder: Path) -> None:
         for label, name in enumerate(data.classes)
         for file in (folder / "train" / name).iterdir()
     }
-    found = {(int(y), data.train.images[i].tobytes()) for i, y in enumerate(data.train.labels)}
+    found = {(int(y), data.train.items[i].tobytes()) for i, y in enumerate(data.train.labels)}
     assert found == files
-    assert data.train.images[0].shape == (7, 5, 3)
+    assert data.train.items[0].shape == (7, 5, 3)
 
 
 def test_grey_and_transparent_images_come_as_rgb(folder: Path) -> None:
     Image.fromarray(np.full((7, 5), 9, dtype=np.uint8)).save(folder / "train/cat/0.png")
     Image.fromarray(np.full((7, 5, 4), 9, dtype=np.uint8)).save(folder / "train/cat/1.png")
-    images = load(folder).train.images
+    images = load(folder).train.items
     assert {images[i].shape for i in range(len(images))} == {(7, 5, 3)}
 
 
@@ -129,7 +129,7 @@ def saved(folder: Path, train: list[int], test: list[int], test_names: list[str]
 def test_a_local_folder_of_tables_with_class_labels_is_read(tmp_path: Path) -> None:
     data = load_hub(str(saved(tmp_path / "set", [0, 1, 1], [1, 0], ["a", "b"])))
     assert data.train.labels.tolist() == [0, 1, 1] and data.test.labels.tolist() == [1, 0]
-    assert data.test.images[0].tolist() == [[[7] * 3] * 2] * 2
+    assert data.test.items[0].tolist() == [[[7] * 3] * 2] * 2
 
 
 def test_unlabelled_rows_are_refused(tmp_path: Path) -> None:

@@ -9,92 +9,152 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import shake
-from torch import Tensor, nn
+from families.cases import (
+    CASES,
+    IMAGES,
+    LABELS,
+    Case,
+    any_depth,
+    any_heads,
+    deeper,
+    every,
+    every_refit,
+    every_text,
+    logits,
+    permuted,
+    widened,
+)
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from slimfuse.batch import Batch, call
 from slimfuse.errors import ShapeError
-from slimfuse.families import FAMILIES, Family, Shape
-from slimfuse.spaces import AxisMap, LinearMap, NestedMap, transform
+from slimfuse.families import Shape
+from slimfuse.fuse import walk
+from slimfuse.spaces import AxisMap, LinearMap, NestedMap, Role, transform
 
-WIDE = Shape(15, 3, 17, 2)
-NARROW = Shape(8, 2, 11, 2)
-LABELS = ("a", "b", "c", "d", "e", "f", "g")
-
-every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-
-
-def config_of(family: Family, shape: Shape = WIDE) -> Any:
-    return family.new_config(shape, patch_size=2, image_size=6, labels=LABELS)
+ALGEBRA = {"rtol": 0, "atol": 1e-12}  # float64, exact identity; logits are of order 1
+SAME = {"rtol": 0, "atol": 0}  # the same operations on the same numbers
+DEPTH = 2
+VIT = CASES[0]
 
 
-def model_of(family: Family, shape: Shape = WIDE) -> Any:
-    return shake(family.build(config_of(family, shape)).double(), seed=0)
-
-
-def pixels(n: int = 3) -> Tensor:
-    return torch.randn(n, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def logits(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(pixel_values=x).logits
-    return out
-
-
-@every_family
-def test_every_parameter_is_covered_once_and_sizes_agree(family: Family) -> None:
-    model = model_of(family)
+@every
+def test_every_parameter_is_covered_once_and_sizes_agree(case: Case) -> None:
+    model = case.model()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    atlas = family.atlas(model.config)
+    atlas = case.family.atlas(model.config)
     atlas.check(shapes)
     assert atlas.axes.keys() == shapes.keys()  # said by the check too; here independently
     assert all(atlas.shape(name) == shape for name, shape in shapes.items())
     assert model.state_dict().keys() == shapes.keys()  # no buffer is left behind
 
 
-@every_family
-def test_sizes_of_spaces_are_told_apart_by_the_shapes(family: Family) -> None:
+@every
+def test_sizes_of_spaces_are_told_apart_by_the_shapes(case: Case) -> None:
     """Odd, distinct sizes: the check above can't be fooled by two spaces of one size."""
-    sizes = {s.kind: s.size for s in family.atlas(config_of(family)).spaces.values()}
-    assert sizes["stream"] == 15 and sizes["mlp"] == 17 and sizes["head"] == 3
-    assert sizes["qk"] == sizes["vo"] == family.head_dims(config_of(family)) == 5
+    config = case.config()
+    sizes = {name: s.size for name, s in case.family.atlas(config).spaces.items()}
+    assert sizes["resid"] == 15 and sizes["classes"] == len(LABELS)
+    assert sizes["mlp.0"] == case.wide.intermediate_size
+    assert sizes["qk.0"] == sizes["vo.0"] == case.family.head_dims(config) == 5
+    assert {size for name, size in sizes.items() if name.split(".")[0] == "head"} == {3}
+    assert sizes.get("pool", 15) == 15  # the classes tie the pooler to the stream
 
 
-@every_family
-def test_each_free_space_has_a_writer_and_a_reader(family: Family) -> None:
-    atlas = family.atlas(config_of(family))
+@every
+def test_each_free_space_has_a_writer_and_a_reader_and_a_fixed_one_neither(case: Case) -> None:
+    atlas = case.family.atlas(case.config())
     legs = [leg for axes in atlas.axes.values() for axis in axes for leg in axis]
-    for name in atlas.free:
-        assert {leg.role.value for leg in legs if leg.space == name} == {"^", "_"}
     for space in atlas.spaces.values():
-        if space.kind == "fixed":
-            assert {leg.role.value for leg in legs if leg.space == space.name} == {"="}
+        roles = {leg.role.value for leg in legs if leg.space == space.name}
+        assert roles == ({"="} if space.kind == "fixed" else {"^", "_"})
 
 
-@every_family
-def test_the_layout_names_modules_and_spaces_that_exist(family: Family) -> None:
-    model = model_of(family)
-    layout, atlas = family.layout(model.config), family.atlas(model.config)
-    assert len(layout.blocks) == WIDE.num_hidden_layers
-    for path in (layout.embed, layout.final_norm, layout.head):
+@every
+def test_permuting_a_space_keeps_the_logits(case: Case) -> None:
+    model, x = case.model(), case.batch()
+    for space in sorted({name.split(".")[0] for name in case.family.atlas(model.config).free}):
+        twisted = permuted(case, model, (space,))
+        pairs = zip(model.state_dict().values(), twisted.state_dict().values(), strict=True)
+        assert any(not torch.equal(a, b) for a, b in pairs), space
+        torch.testing.assert_close(logits(twisted, x), logits(model, x), **ALGEBRA)
+
+
+@every
+def test_duplicating_spaces_keeps_the_logits(case: Case) -> None:
+    # the classes tie head size, pooler and, some, the MLP to the stream, so they double together
+    model, x = case.model(), case.batch()
+    mlp = 2 * case.wide.intermediate_size
+    tied = ("resid", "pool", "mlp")
+    cases: list[tuple[tuple[str, ...], Shape, dict[str, int]]] = [
+        ((*tied, "head"), Shape(30, 6, mlp, DEPTH), {}),
+        ((*tied, "qk", "vo"), Shape(30, 3, mlp, DEPTH), {}),
+        (("mlp",), Shape(15, 3, mlp, DEPTH), {}),
+    ]
+    if "embedding_size" in case.inputs:
+        cases.append((("embed",), case.wide, {"embedding_size": 2 * case.inputs["embedding_size"]}))
+    free = {name.split(".")[0] for name in case.family.atlas(model.config).free}
+    assert {space for spaces, *_ in cases for space in spaces} | {"pool"} == free | {"pool"}
+    for spaces, shape, inputs in cases:
+        wider = widened(case, model, spaces, shape, **inputs)
+        torch.testing.assert_close(logits(wider, x), logits(model, x), **ALGEBRA)
+
+
+@every_refit
+def test_the_layout_names_modules_parameters_and_spaces_that_exist(case: Case) -> None:
+    model = case.model()
+    layout, atlas = case.family.layout(model.config), case.family.atlas(model.config)
+    assert len(layout.blocks) == DEPTH
+    for path in (layout.final_norm, layout.embed_norm, layout.head):
         model.get_submodule(path)
+    if layout.pooler is not None:
+        model.get_submodule(layout.pooler.dense)
+        assert layout.pooler.space in atlas.free
     for name in layout.embed_parameters:
-        assert any(leg.space == layout.stream_space for a in atlas.axes[name] for leg in a)
+        legs = [leg for axis in atlas.axes[name] for leg in axis]
+        assert all(leg.role is not Role.READ for leg in legs)
+        assert any(leg.role is Role.WRITE for leg in legs)
     for block in layout.blocks:
         for key, value in vars(block).items():
             if key.endswith("_space"):
-                assert value in atlas.free
+                assert value in atlas.free or (key == "group_space" and not value)
             else:
                 model.get_submodule(value)
+    model.get_submodule(layout.projection)
+    for name in layout.kept:
+        legs = [leg for axis in atlas.axes[name] for leg in axis]
+        assert not any(leg.space == layout.stream_space for leg in legs)
+    if layout.norm_order == "post":  # in the order of execution
+        norms = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+        first = 1 if layout.projection else 0  # a norm before the projection isn't the stream's
+        assert [layout.norm_at(depth) for depth in range(first, 2 * DEPTH + 1)] == norms[first:]
 
 
-@every_family
-def test_narrow_builds_a_model_whose_shapes_are_those_of_the_fused_state(family: Family) -> None:
-    wide = model_of(family)
-    config = family.narrow(wide.config, NARROW)
-    assert family.shape(config) == NARROW
-    assert family.shape(wide.config) == WIDE  # the parent's own config is not touched
+@every_refit
+@pytest.mark.parametrize("tokens", [6, 4])
+def test_walking_block_by_block_is_the_stock_forward_pass(case: Case, tokens: int) -> None:
+    model, x = case.parent(), case.batch(5, tokens)
+    layout = case.family.layout(model.config)
+    with torch.no_grad():
+        begun = walk.start(model, layout, x)
+        found = list(walk.streams_from(model, layout, begun))
+        hidden = model(**x.arguments, output_hidden_states=True).hidden_states
+        read = walk.read_out(model, layout, found[-1], begun.mask)
+        top = walk.apply(model, layout.head, read)
+    assert len(found) == 2 * DEPTH + 1 and len(hidden) == DEPTH + 1
+    # the same float64 operations, summed in the same order
+    for ours, theirs in zip(found[::2], hidden, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    torch.testing.assert_close(top, logits(model, x), rtol=0, atol=1e-13)
+
+
+@every
+def test_narrow_builds_a_model_whose_shapes_are_those_of_the_fused_state(case: Case) -> None:
+    family, wide = case.family, case.model()
+    config = family.narrow(wide.config, case.narrow)
+    assert family.shape(config) == case.narrow
+    assert family.shape(wide.config) == case.wide  # the parent's own config is not touched
     atlas, target = family.atlas(wide.config), family.atlas(config)
     maps: dict[str, AxisMap | NestedMap] = {}
     for name in atlas.free:
@@ -106,133 +166,154 @@ def test_narrow_builds_a_model_whose_shapes_are_those_of_the_fused_state(family:
     assert built.keys() == target.axes.keys()
 
 
-@every_family
-def test_narrowing_to_its_own_shape_is_the_same_model(family: Family) -> None:
-    wide = model_of(family)
-    same = family.build(family.narrow(wide.config, WIDE)).double()
+@every
+def test_narrowing_to_its_own_shape_is_the_same_model(case: Case) -> None:
+    wide, x = case.model(), case.batch()
+    same = case.family.build(case.family.narrow(wide.config, case.wide)).double()
     same.load_state_dict(wide.state_dict())
-    # the same float64 operations
-    torch.testing.assert_close(logits(same, pixels()), logits(wide, pixels()), rtol=0, atol=0)
+    torch.testing.assert_close(logits(same, x), logits(wide, x), **SAME)
 
 
-@every_family
-def test_the_stock_class_loads_a_saved_model_strictly(family: Family, tmp_path: Path) -> None:
-    from transformers import AutoModelForImageClassification
+@every
+def test_the_stock_class_loads_a_saved_model_strictly(case: Case, tmp_path: Path) -> None:
+    import transformers
 
-    config = family.narrow(config_of(family), NARROW)
-    model: Any = shake(family.build(config), seed=0)
-    model.save_pretrained(tmp_path)
-    loaded, info = AutoModelForImageClassification.from_pretrained(
+    family = case.family
+    model = family.build(family.narrow(case.config(), case.narrow))
+    family.save(model, tmp_path)
+    loaded, info = getattr(transformers, case.auto).from_pretrained(
         tmp_path, output_loading_info=True
     )
     assert not any(info.values())
-    assert type(loaded).__module__.startswith("transformers.")
-    x = pixels().float()
-    # the same float32 weights through the same operations
-    torch.testing.assert_close(logits(loaded.eval(), x), logits(model, x), rtol=0, atol=0)
-    ours = family.load(tmp_path)
-    torch.testing.assert_close(logits(ours, x), logits(model, x), rtol=0, atol=0)
-    assert not ours.training
-    assert family.shape(family.load_config(str(tmp_path))) == NARROW
+    assert type(loaded) is getattr(transformers, family.stock)
+    x = case.batch().to(torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(logits(loaded.eval(), x), logits(model, x), **SAME)
+    if case.loads:
+        ours = family.load(tmp_path)
+        torch.testing.assert_close(logits(ours, x), logits(model, x), **SAME)
+        assert not ours.training
+        assert family.shape(family.load_config(str(tmp_path))) == case.narrow
 
 
-@every_family
-def test_illegal_widths_name_legal_ones_and_the_nearest(family: Family) -> None:
-    parent = config_of(family)
+@every
+def test_illegal_widths_name_legal_ones_and_the_nearest(case: Case) -> None:
+    parent, family = case.config(), case.family
     legal, told = [], 0
-    for heads in (1, 2, 3):
+    all_heads = (3,) if "num_attention_heads" in case.keeps else (1, 2, 3)
+    for heads in all_heads:
         for width in range(1, 16):
-            shape = Shape(width, heads, 11, 2)
             try:
-                legal.append((family.narrow(parent, shape).hidden_size, heads))
+                legal.append(
+                    (family.narrow(parent, case.sized(width, heads, 11)).hidden_size, heads)
+                )
             except ShapeError as error:
                 told += 1
                 assert str(width) in str(error) and str(heads) in str(error)
                 named = [int(w) for w in re.findall(r"\d+", str(error.allowed))]
                 assert named
                 for near in named:  # following the advice works
-                    family.narrow(parent, Shape(near, heads, 11, 2))
+                    family.narrow(parent, case.sized(near, heads, 11))
                 # nothing legal is nearer than the nearest that is named
                 best = min(abs(near - width) for near in named)
                 for gap in range(best):
                     for other in (width - gap, width + gap):
                         with pytest.raises(ShapeError):
-                            family.narrow(parent, Shape(other, heads, 11, 2))
+                            family.narrow(parent, case.sized(other, heads, 11))
     assert told and legal == [
-        (width, heads) for heads in (1, 2, 3) for width in range(2 * heads, 16, heads)
+        (width, heads) for heads in all_heads for width in range(2 * heads, 16, heads)
     ]
 
 
-@every_family
+@every
 @pytest.mark.parametrize(
-    ("shape", "key"),
+    ("larger", "key"),
     [
-        (Shape(18, 3, 17, 2), "hidden_size"),
-        (Shape(15, 5, 17, 2), "num_attention_heads"),
-        (Shape(15, 3, 18, 2), "intermediate_size"),
-        (Shape(15, 3, 17, 3), "num_hidden_layers"),
+        ((18, 3, 17, 2), "hidden_size"),
+        ((15, 5, 17, 2), "num_attention_heads"),
+        ((15, 3, 18, 2), "intermediate_size"),
+        ((15, 3, 17, 3), "num_hidden_layers"),
     ],
 )
-def test_a_target_that_is_larger_is_refused(family: Family, shape: Shape, key: str) -> None:
+def test_a_target_that_is_larger_is_refused(
+    case: Case, larger: tuple[int, int, int, int], key: str
+) -> None:
+    width, heads, mlp, depth = larger
+    if case.ratio:
+        mlp = (case.ratio + (mlp > 17)) * width
     with pytest.raises(ShapeError) as caught:
-        family.narrow(config_of(family), shape)
+        case.family.narrow(case.config(), Shape(width, heads, mlp, depth))
     assert caught.value.where == f"target.{key}"
-    assert str(getattr(WIDE, key)) in str(caught.value.allowed)
+    assert str(getattr(case.wide, key)) in str(caught.value.allowed)
 
 
-@every_family
-def test_too_many_heads_for_any_width_are_refused(family: Family) -> None:
+@any_heads
+def test_too_many_heads_for_any_width_are_refused(case: Case) -> None:
     with pytest.raises(ShapeError, match="two units") as caught:
-        family.narrow(config_of(family, Shape(3, 3, 5, 2)), Shape(3, 2, 5, 2))
+        case.family.narrow(case.config(case.sized(3, 3, 5)), case.sized(3, 2, 5))
     assert caught.value.allowed == "num_attention_heads up to 1"
 
 
-@every_family
-@pytest.mark.parametrize("shape", [WIDE, NARROW])
-def test_flops_are_those_torch_counts(family: Family, shape: Shape) -> None:
-    model = family.build(config_of(family, shape), attention="eager")
+def counted(model: Any, batch: Batch) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(pixel_values=pixels(1).float())
-    # exact: both count 2 per multiply-add of convolutions, matrices and attention products, and
-    # neither counts biases, norms, softmax or the activation
-    assert family.flops(model.config) == counter.get_total_flops()
+        call(model, batch)
+    return int(counter.get_total_flops())
 
 
-@every_family
-def test_queries_are_scaled_for_another_head_size(family: Family) -> None:
-    wide = config_of(family)
-    narrow = family.narrow(wide, Shape(9, 3, 11, 2))
-    assert family.query_scale(wide, narrow) == pytest.approx((3 / 5) ** 0.5, rel=1e-15)
-    assert family.query_scale(wide, wide) == 1
+@every
+def test_flops_are_those_torch_counts(case: Case) -> None:
+    for shape in (case.wide, case.narrow):
+        model = case.family.build(case.config(shape), attention="eager").double()
+        # exact: both count 2 per multiply-add of convolutions, matrices and attention products,
+        # and neither counts biases, norms, softmax or the activation
+        assert case.family.flops(model.config) == counted(model, case.batch(1))
 
 
-@every_family
-def test_mismatched_parents_are_told_apart(family: Family) -> None:
-    base = config_of(family)
-    narrower = config_of(family, NARROW)
-    assert family.mismatches({"p": base, "q": narrower}) == []  # width alone is no mismatch
-    deeper = config_of(family, Shape(15, 3, 17, 3))
-    assert family.mismatches({"p": base, "q": deeper}) == []  # nor is depth
-    relabelled = family.new_config(WIDE, patch_size=2, image_size=6, labels=LABELS[:3])
-    assert family.mismatches({"p": base, "q": relabelled}) == []  # the pipeline unites labels
-    others = family.new_config(WIDE, patch_size=3, image_size=6, labels=LABELS)
-    others.layer_norm_eps = 1e-3
-    assert family.mismatches({"p": base, "q": narrower, "r": others}) == [
-        "patch_size: p has 2, r has 3", "layer_norm_eps: p has 1e-12, r has 0.001",
-    ]  # fmt: skip
+@every_text
+def test_flops_of_a_shorter_text_are_those_torch_counts(case: Case) -> None:
+    model = case.family.build(case.config(), attention="eager")
+    assert case.family.flops(model.config, 4) == counted(model, case.batch(1, 4))
 
 
-@every_family
+@every
+def test_queries_are_scaled_for_another_head_size(case: Case) -> None:
+    wide = case.config()
+    narrow = case.family.narrow(wide, case.sized(9, 3, 11))
+    assert case.family.query_scale(wide, narrow) == pytest.approx((3 / 5) ** 0.5, rel=1e-15)
+    assert case.family.query_scale(wide, wide) == 1
+
+
+@every
+def test_mismatched_parents_are_told_apart(case: Case) -> None:
+    family, base = case.family, case.config()
+    known = family.mismatches({"p": base, "q": base})  # two MPNets have no heads in common
+    narrower = family.narrow(base, case.narrow)
+    assert family.mismatches({"p": base, "q": narrower}) == known  # width alone is no mismatch
+    assert family.mismatches({"p": base, "q": case.config(deeper(case.wide, 3))}) == known
+    relabelled = case.config(labels=LABELS[:3])
+    assert family.mismatches({"p": base, "q": relabelled}) == known  # the pipeline unites labels
+    changed = {"patch_size": 3} if case.auto == IMAGES else {"vocab_size": 14, "positions": 5}
+    others = case.config(**changed)
+    wanted = {
+        f"{key}: p has {getattr(base, key)}, r has {getattr(others, key)}"
+        for key in ("patch_size", "vocab_size", "max_position_embeddings")
+        if hasattr(base, key) and getattr(base, key) != getattr(others, key)
+    }
+    assert len(wanted) == len(changed)
+    found = family.mismatches({"p": base, "q": narrower, "r": others})
+    assert set(found[: len(wanted)]) == wanted and len(found) == len(wanted) + len(known)
+
+
+@any_depth
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_target_may_be_shallower(family: Family, depth: int) -> None:
-    wide = config_of(family)
-    shallow = family.narrow(wide, Shape(15, 3, 17, depth))
+def test_a_target_may_be_shallower(case: Case, depth: int) -> None:
+    family, wide = case.family, case.config()
+    shallow = family.narrow(wide, deeper(case.wide, depth))
     assert family.shape(shallow).num_hidden_layers == depth
-    assert len(family.layout(shallow).blocks) == depth
-    assert family.shape(wide) == WIDE  # the parent's config is only read
+    assert family.shape(wide) == case.wide  # the parent's config is only read
     state = family.build(shallow).state_dict()
     assert set(family.atlas(shallow).axes) == set(state)
-    wanted = {n for n in model_of(family).state_dict() if depth == 2 or "layers.1." not in n}
+    path = family.block(1).path
+    wanted = {n for n in case.model().state_dict() if depth == 2 or not n.startswith(f"{path}.")}
     assert set(state) == wanted
 
 
@@ -241,13 +322,13 @@ def graph() -> Any:
     """Torch-pruning's dependency graph of a ViT, traced by it alone."""
     import torch_pruning as tp
 
-    model = model_of(FAMILIES["vit"]).float()
+    model = VIT.model().float()
     with warnings.catch_warnings():
         # it announces the class token and the positions, whose last axis it prunes, as we expect
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
         found = tp.DependencyGraph().build_dependency(
             model,
-            example_inputs={"pixel_values": pixels(2).float()},
+            example_inputs={"pixel_values": VIT.batch(2).arguments["pixel_values"].float()},
             forward_fn=lambda m, x: m(**x).logits,
         )
     return model, found
@@ -273,7 +354,7 @@ def coupled(graph: Any, layer: str) -> set[tuple[str, int]]:
 
 
 def declared(space: str) -> set[tuple[str, int]]:
-    atlas = FAMILIES["vit"].atlas(config_of(FAMILIES["vit"]))
+    atlas = VIT.family.atlas(VIT.config())
     return {
         (name, dim)
         for name, axes in atlas.axes.items()

@@ -12,6 +12,7 @@ import torch
 from tiny import shake, vit_config
 from torch import Tensor, nn
 
+from slimfuse.batch import Batch
 from slimfuse.errors import SlimfuseError
 from slimfuse.families import ViT
 from slimfuse.finetune import loop
@@ -41,7 +42,7 @@ def labels() -> Tensor:
 def learn() -> loop.Loss:
     x = inputs()
     # noise from the global generator, as augmentation draws it
-    return labels_loss(lambda i: x[i] + 0.1 * torch.randn(len(i), 3, 6, 6), labels())
+    return labels_loss(lambda i: pixels(x[i] + 0.1 * torch.randn(len(i), 3, 6, 6)), labels())
 
 
 def train(
@@ -218,12 +219,14 @@ class Fixed(nn.Module):
         return type("Out", (), {"logits": self.scores[pixel_values]})
 
 
+def pixels(values: Tensor) -> Batch:
+    return Batch({"pixel_values": values})
+
+
 def distil(student: Tensor, teacher: Tensor, t: float, hardness: float) -> tuple[Tensor, Tensor]:
     net = Fixed(student)
-    teach: Callable[[Tensor, Tensor], Tensor] = lambda i, x: soft_targets([teacher[i]], [1.0], t)  # noqa: E731
-    loss = distillation_loss(
-        lambda i: i, torch.arange(11) % 7, teach, temperature=t, hardness=hardness
-    )
+    teach: Callable[[Tensor, Batch], Tensor] = lambda i, x: soft_targets([teacher[i]], [1.0], t)  # noqa: E731
+    loss = distillation_loss(pixels, torch.arange(11) % 7, teach, temperature=t, hardness=hardness)
     value = loss(net, torch.tensor([0, 3, 10, 7]))
     value.backward()
     assert net.scores.grad is not None
@@ -278,7 +281,7 @@ def test_soft_targets_are_the_weighted_mean_of_probabilities() -> None:
 
 def test_label_smoothing_reaches_the_loss() -> None:
     x = torch.arange(11)
-    plain, smooth = (labels_loss(lambda i: i, x % 7, s)(Fixed(scores(0)), x) for s in (0.0, 0.3))
+    plain, smooth = (labels_loss(pixels, x % 7, s)(Fixed(scores(0)), x) for s in (0.0, 0.3))
     log = scores(0).log_softmax(-1)
     want = 0.7 * plain.detach() - 0.3 * log.mean()
     torch.testing.assert_close(smooth.detach(), want, **SINGLE)

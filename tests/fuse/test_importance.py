@@ -49,16 +49,16 @@ def test_it_estimates_the_squared_jacobian(vit: Any) -> None:
         vit.classifier.weight += 10 * vit.classifier.weight[:1].clone()
     x, layout = images(1), ViT().layout(vit.config)
     found = weights(vit, batches=[x] * 300)
+    begun = walk.start(vit, layout, x)
 
     def tail(stream: Tensor) -> Tensor:
-        for block in layout.blocks:
-            normed = walk.apply(vit, block.attention_norm, stream)
-            stream = stream + walk.apply(vit, block.o, walk.attend(vit, block, normed))
+        for block, told in zip(layout.blocks, begun.calls, strict=True):
+            stream = stream + walk.apply(vit, block.o, walk.attend(vit, block, stream, told))
             stream = stream + walk.mlp(vit, block, stream)[1]
         out = walk.apply(vit, layout.head, walk.read_out(vit, layout, stream))[0]
         return out - out.mean()
 
-    jacobian = torch.autograd.functional.jacobian(tail, walk.embed(vit, layout, x).detach())
+    jacobian = torch.autograd.functional.jacobian(tail, begun.stream.detach())
     want = jacobian.square().sum(dim=(0, 1, 3))
     want = (1 - FLOOR) * want / want.mean() + FLOOR
     # 300 random signs: the relative spread of a mean of squares is about √(2/300) = 8 %

@@ -21,12 +21,12 @@ def resident() -> int:
 def test_freed_buffers_leave_the_process() -> None:
     if not hold_steady():
         pytest.skip("not glibc")
-    torch.ones(8 * LARGE)  # freed: by itself glibc would now keep what is up to 32 MiB
+    torch.ones(6 << 20)  # 24 MiB, freed: by itself glibc would now keep what is smaller
     before = resident()
     held = [torch.ones(LARGE // 2) for _ in range(16)]  # 8 MiB each
     full = resident()
     small = torch.ones(1000)  # behind them in the heap, if that is where they are
     del held
-    # 128 MiB came and went; the rest of the process doesn't change by an eighth of that
+    # 128 MiB came and went; two may have found room in older holes; glibc keeps four
     assert full - before > 112 << 20
-    assert resident() - before < 16 << 20 and float(small.sum()) == 1000
+    assert resident() - before < 24 << 20 and float(small.sum()) == 1000

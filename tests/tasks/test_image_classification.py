@@ -15,13 +15,13 @@ from torch import Tensor
 
 from slimfuse.data import Image, Split
 from slimfuse.errors import ParentError
+from slimfuse.tasks import accuracy, logits
 from slimfuse.tasks import image_classification as task
 from slimfuse.tasks.image_classification import (
+    PIXELS,
     Pixels,
-    accuracy,
     augment,
     load_processor,
-    logits,
     make_processor,
 )
 
@@ -54,8 +54,8 @@ def pixels(source: Split | None = None) -> Pixels:
 
 def test_pixels_are_scaled_and_normalised_channel_by_channel() -> None:
     source = split()
-    found = pixels(source)[torch.tensor([3, 0])]
-    raw = np.stack([source.images[3], source.images[0]]).astype(np.float64)
+    found = pixels(source)[torch.tensor([3, 0])].arguments[PIXELS]
+    raw = np.stack([source.items[3], source.items[0]]).astype(np.float64)
     want = (torch.from_numpy(raw / 255) - torch.tensor(MEAN)) / torch.tensor(STD)
     assert found.dtype == torch.float32
     # float32 arithmetic of numbers up to 5
@@ -67,14 +67,14 @@ def test_cached_pixels_are_the_uncached_ones_and_are_decoded_once(
 ) -> None:
     order = torch.tensor([12, 0, 5, 5])
     cached = pixels()
-    first, again = cached[order], cached[order]
-    assert isinstance(cached.split.images, Counted)
-    assert cached.split.images.reads == N  # once each
+    first, again = (cached[order].arguments[PIXELS] for _ in range(2))
+    assert isinstance(cached.split.items, Counted)
+    assert cached.split.items.reads == N  # once each
     monkeypatch.setattr(task, "CACHE_BYTES", 0)
     uncached = pixels()
-    assert torch.equal(uncached[order], first) and torch.equal(again, first)
-    assert isinstance(uncached.split.images, Counted)
-    assert uncached.split.images.reads == len(order)
+    assert torch.equal(uncached[order].arguments[PIXELS], first) and torch.equal(again, first)
+    assert isinstance(uncached.split.items, Counted)
+    assert uncached.split.items.reads == len(order)
 
 
 def test_the_cache_ends_where_its_bytes_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +83,13 @@ def test_the_cache_ends_where_its_bytes_do(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(task, "CACHE_BYTES", limit)
         source = split()
         pixels(source)[torch.tensor([2])]
-        assert isinstance(source.images, Counted) and source.images.reads == reads
+        assert isinstance(source.items, Counted) and source.items.reads == reads
 
 
 def test_images_of_another_size_are_resized_to_the_models() -> None:
     big = np.full((1, 17, 9, 3), 128, dtype=np.uint8)
     found = Pixels(Split(list(big), np.zeros(1, dtype=np.int64)), make_processor(6, MEAN, STD))
-    assert found[torch.tensor([0])].shape == (1, 3, 6, 6)
+    assert found[torch.tensor([0])].arguments[PIXELS].shape == (1, 3, 6, 6)
 
 
 def batch(n: int = 64) -> Tensor:
@@ -160,7 +160,7 @@ def test_logits_come_in_order_whatever_the_batch_size() -> None:
     model: Any = random_vit().float()
     data = pixels()
     with torch.no_grad():
-        want = model(pixel_values=data[torch.arange(N)]).logits
+        want = model(**data[torch.arange(N)].arguments).logits
     found = logits(model.train(), data, batch_size=4, what="testing")
     # float32, batches of another size round differently
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
@@ -171,7 +171,7 @@ def test_the_processor_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     make_processor(SIDE, MEAN, STD).save_pretrained(tmp_path)
     loaded = load_processor(tmp_path)
     want, found = pixels()[torch.arange(3)], Pixels(split(), loaded)[torch.arange(3)]
-    assert torch.equal(found, want)
+    assert torch.equal(found.arguments[PIXELS], want.arguments[PIXELS])
 
 
 def test_a_folder_without_a_processor_says_how_to_save_one(tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""Files of Debian packages: read where one is installed, else from the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from slimfuse.errors import DataError
+
+
+def cache_folder(name: str) -> Path:
+    """Return the per-user folder that files are unpacked into where no package is installed."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "slimfuse" / name
+
+
+def find_files(
+    title: str, files: Collection[str], *, package: str, system: Path, cache: Path
+) -> Path:
+    """Return the folder that has all `files`: `system`, `cache`, or `cache` filled just now.
+
+    title: what the data set is called; package: the Debian package that puts `files` in `system`.
+    It is fetched with apt-get and unpacked with dpkg-deb: no root needed. Raises DataError.
+    """
+    for folder in (system, cache):
+        if all((folder / name).is_file() for name in files):
+            return folder
+    return _fetch(title, package, system, cache)
+
+
+def _fetch(title: str, package: str, system: Path, target: Path) -> Path:
+    hint = f"install the Debian package ({package}), or set data.path to a folder with its files"
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise DataError(f"{title} was not found", where=str(system), hint=hint)
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch).chmod(0o777)  # apt drops its rights before it writes here
+        try:
+            _run(["apt-get", "download", package], scratch)
+            deb = next(Path(scratch).glob("*.deb"))
+            _run(["dpkg-deb", "-x", str(deb), scratch], scratch)
+        except (subprocess.SubprocessError, StopIteration) as error:
+            raise DataError(
+                f"{title} is not installed and could not be fetched with apt-get ({error})",
+                where=str(system),
+                hint=f"run `apt-get update` once; or {hint}",
+            ) from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(dir=target.parent))
+        shutil.copytree(Path(scratch) / system.relative_to("/"), staged, dirs_exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        staged.rename(target)
+    return target
+
+
+def _run(command: list[str], folder: str) -> None:
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=600)
+
+
+def read_file(title: str, file: Path, sha256: str) -> bytes:
+    """Return a file's bytes; raises DataError where it is missing or has another sha256."""
+    if not file.is_file():
+        raise DataError(f"a {title} file is missing", where=str(file))
+    content = file.read_bytes()
+    got = hashlib.sha256(content).hexdigest()
+    if got != sha256:
+        raise DataError(
+            f"a {title} file is not the published one",
+            where=str(file),
+            got=f"sha256 {got[:12]}…",
+            allowed=f"sha256 {sha256[:12]}…",
+        )
+    return content
