@@ -7,7 +7,7 @@ SOURCES := slimfuse export tests benchmarks
 
 .PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist \
 	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
-	bench-depth clean
+	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -35,6 +35,12 @@ bench-knowledge: install
 
 bench-halves: install
 	$(BIN)/python benchmarks/halves.py
+
+bench-embedding: install
+	$(BIN)/python benchmarks/embedding.py
+
+bench-smollm2: install
+	$(BIN)/python benchmarks/smollm2.py
 
 bench-depth: install
 	$(BIN)/python benchmarks/depth.py

@@ -50,8 +50,8 @@ def main() -> None:
     claims = {}
     for other in others:
         for steps in found.budgets:
-            values = other.accuracies.get(steps)
-            ahead = None if values is None else lead(own.accuracies[steps], values)
+            values = other.figures.get(steps)
+            ahead = None if values is None else lead(own.figures[steps], values)
             if ahead is not None and other.kind == "method":
                 claims[f"{own.name} above {other.name} at {steps} steps (95 %)"] = ahead[1] > 0
     settle(claims)

@@ -34,7 +34,7 @@ from slimfuse.nets import (
     vanilla,
 )  # fmt: skip
 from slimfuse.nets.fusion import CostKind
-from slimfuse.tasks.image_classification import Measured, accuracy
+from slimfuse.tasks import Measured, accuracy
 from slimfuse.transport import Solver
 
 ZOO = Path("runs/zoo")

@@ -10,12 +10,13 @@ from statistics import mean, stdev
 import torch
 from scipy.stats import t
 
+from slimfuse.pipeline.common import Part
 from slimfuse.pipeline.job import prepare
 from slimfuse.pipeline.run import quiet
 from slimfuse.pipeline.stages import Stages
 from slimfuse.recipe import load_recipe
 from slimfuse.store import Store
-from slimfuse.tasks import Samples
+from slimfuse.tasks import Evidence, Samples
 
 Table = dict[str, list[float]]
 
@@ -50,7 +51,7 @@ def measure(
     shared, variants: overrides of the recipe; budgets: steps by variant name ("" for all others).
     """
     quiet()
-    pixels: dict[str, Samples] = {}
+    pixels: dict[Part, Samples] = {}
     found: dict[str, float] = {}
     store = Store(out)
     store.check_ours()
@@ -66,13 +67,17 @@ def measure(
                 stages = Stages(job, store, pixels)
                 if with_parents:
                     for p in job.parents:
-                        scores = stages.outputs(p).test
-                        found[f"parent {p.name}"] = 100 * stages.accuracy(scores).value
+                        found[f"parent {p.name}"] = accuracy(stages, stages.outputs(p).test)
                 stage = stages.finetune("fused") if steps else stages.start("fused")
                 label = f"{name}, {steps} steps" if steps else f"{name}, one-shot"
-                found[label] = 100 * stages.accuracy(stages.scores(stage)).value
+                found[label] = accuracy(stages, stages.evidence(stage))
             print(f"{out.name}: {label}: {found[label]:.2f}", flush=True)
     return found
+
+
+def accuracy(stages: Stages, evidence: Evidence) -> float:
+    """Return the test accuracy of what a model says, in per cent."""
+    return 100 * stages.figures(evidence)["accuracy"].value
 
 
 def rows(runs: Sequence[Mapping[str, float]]) -> tuple[Table, list[str]]:

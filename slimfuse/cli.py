@@ -67,7 +67,17 @@ def compress(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    outline: Annotated[
+        bool,
+        typer.Option(
+            "--outline",
+            help="Read only the parents' config.json: no weights, data or tokenizers are needed.",
+        ),
+    ] = False,
+) -> None:
     """Say what a recipe would make and need, before any work."""
     from rich.console import Console
     from rich.table import Table
@@ -76,8 +86,8 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
         from slimfuse.pipeline import plan as make_plan
     from slimfuse.report import words
 
-    made = make_plan(recipe, overrides=tuple(overrides or ()))
-    table = Table(title=escape(f"Plan of {recipe.name}"))
+    made = make_plan(recipe, overrides=tuple(overrides or ()), outline=outline)
+    table = Table(title=escape(f"{'Outline' if outline else 'Plan'} of {recipe.name}"))
     for column in ("model", "shape", "params", "FLOPs a sample", "float32 size", "training steps"):
         table.add_column(column, justify="left" if column in ("model", "shape") else "right")
     for model in made.models:
@@ -97,7 +107,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
         for row in made.proposal.rows():
             found.add_row(*map(escape, row))
         stdout.print(found)
-    for note in made.proposal.notes if made.proposal is not None else ():
+    for note in (*(made.proposal.notes if made.proposal is not None else ()), *made.notes):
         stdout.print(escape(note), soft_wrap=True)
     stdout.print(
         f"peak memory, estimated: {words.size(made.memory)}   "
@@ -153,7 +163,7 @@ def verify(
         found = prove(folder)
     typer.echo(
         f"{folder}: {found.model_class}, {found.parameters:,} parameters, with "
-        f"{found.processor_class}; same logits as in its run (within {found.gap:.1e} of their "
+        f"{found.processor_class}; same answers as in its run (within {found.gap:.1e} of their "
         "size)"
     )
 

@@ -18,18 +18,21 @@ from slimfuse.batch import Batch
 BATCH, TOKENS = "batch_size", "sequence_length"
 
 
-class _Logits(nn.Module):
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
+class _Answering(nn.Module):
+    def __init__(self, model: nn.Module, names: list[str], output: str) -> None:
         super().__init__()
-        self.model, self.names = model, names
+        self.model, self.names, self.output = model, names, output
 
     def forward(self, *values: Tensor) -> Tensor:
-        logits: Tensor = self.model(**dict(zip(self.names, values, strict=True))).logits
-        return logits
+        given = dict(zip(self.names, values, strict=True))
+        found: Tensor = getattr(self.model(**given), self.output)
+        return found
 
 
-def export_onnx(model: nn.Module, example: Batch, path: Path, *, opset: int) -> None:
-    """Write `model` as ONNX: inputs named as in a batch, output logits.
+def export_onnx(
+    model: nn.Module, example: Batch, path: Path, *, opset: int, output: str = "logits"
+) -> None:
+    """Write `model` as ONNX: inputs named as in a batch, one output, named as the class names it.
 
     example: two or more samples. Their number is dynamic, and of whole numbers, such as token ids,
     the second dimension too. Eager attention is exported, since it gives the smaller
@@ -40,10 +43,10 @@ def export_onnx(model: nn.Module, example: Batch, path: Path, *, opset: int) -> 
     shapes = tuple({0: batch} if v.is_floating_point() else {0: batch, 1: tokens} for v in values)
     with _quiet():
         program = torch.onnx.export(
-            _Logits(model.eval(), names),
+            _Answering(model.eval(), names, output),
             values,
             input_names=names,
-            output_names=["logits"],
+            output_names=[output],
             dynamic_shapes={"values": shapes},
             opset_version=opset,
             dynamo=True,

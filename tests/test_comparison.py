@@ -166,8 +166,8 @@ def test_every_contender_has_a_figure_a_seed_and_a_budget(
     }  # fmt: skip
     for entry in found.entries:
         budgets = (0, 2) if entry.kind == "method" else (0,)
-        assert tuple(sorted(entry.accuracies)) == budgets, entry.name
-        for values in entry.accuracies.values():
+        assert tuple(sorted(entry.figures)) == budgets, entry.name
+        for values in entry.figures.values():
             assert len(values) == 2
             assert all(0 <= v <= 1 and round(40 * v, 9) % 1 == 0 for v in values)
     assert found.refused.keys() == {"ot, a + b", "vanilla, a + b"}

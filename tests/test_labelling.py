@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_run import SHAPE, TRAIN, recipe, write_recipe
 
-from slimfuse.data import ImageData, load_digits
+from slimfuse.data import ImageData, Split, TextData, load_digits
 from slimfuse.errors import DataError
 from slimfuse.families import ViT
 from slimfuse.families.base import Shape
@@ -18,6 +18,7 @@ from slimfuse.pipeline.job import prepare
 from slimfuse.pipeline.labelling import (
     check_training,
     class_places,
+    labelled,
     training_split,
     with_labels,
 )
@@ -158,12 +159,78 @@ def test_a_parent_of_some_classes_is_trained_planned_and_measured_over_all(tmp_p
     planned = {m.name: m.steps for m in make_plan(job).models}
     for parent, count in zip(job.parents, counts, strict=True):
         assert planned[parent.name] == 12 * -(-count // 16)
-        scores = stages.outputs(parent).test
+        evidence = stages.outputs(parent).test
+        scores = evidence["logits"]
         assert scores.shape == (200, 10)
         own = np.isin(labels, parent.places)
         assert set(scores.argmax(1).tolist()) <= set(parent.places)
-        measured = stages.accuracy(scores).value
+        measured = stages.figures(evidence)["accuracy"].value
         right = (scores.argmax(1).numpy() == labels)[own].mean()
         assert right > 0.5  # it has learnt its classes: by chance 0.2
         assert measured == pytest.approx(right * own.mean(), abs=1e-12)  # nothing of the others
         assert accuracy(scores, labels).n == 200
+
+
+def texts(kind: Any, classes: tuple[str, ...], labels: Any) -> TextData:
+    split = Split(["x", "y", "z"], np.array(labels))
+    return TextData("it", split, split, classes, "mark", kind=kind)
+
+
+NUMBERS = texts("regression", ("rating",), np.float32([1, 2, 3]))
+MARKS = texts("multi", ("a", "b", "c"), np.float32([[1, 0, 1], [0, 0, 0], [0, 1, 1]]))
+NOTHING = texts("none", (), [0, 0, 0])
+
+
+def test_a_number_has_one_place_whatever_its_name() -> None:
+    found = class_places({"a": config("LABEL_0"), "b": config("score")}, NUMBERS)
+    assert found == {"a": (0,), "b": (0,)}
+    made = with_labels(config("score"), {"b": config("score")}, NUMBERS)
+    assert made.id2label == {0: "rating"} and made.num_labels == 1
+
+
+def test_a_model_of_classes_says_no_number() -> None:
+    with pytest.raises(DataError, match="has one output") as error:
+        class_places({"a": config("x", "y")}, NUMBERS)
+    assert error.value.got == "2 outputs" and error.value.where == "parents.a"
+
+
+def test_several_classes_are_known_by_name() -> None:
+    assert class_places({"a": config("c", "a", "b")}, MARKS) == {"a": (2, 0, 1)}
+
+
+def test_data_without_labels_change_no_config() -> None:
+    one = config("x", "y")
+    assert class_places({"a": one, "b": config("z")}, NOTHING) == {"a": (), "b": ()}
+    assert with_labels(one, {"a": one}, NOTHING) is one
+    assert labelled(one, NOTHING.classes).id2label == one.id2label
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [(NUMBERS, "single_label_classification"), (MARKS, "regression")],
+    ids=["regression", "multi"],
+)
+def test_a_model_that_was_made_for_other_labels_is_told(data: TextData, problem: str) -> None:
+    made = config(*data.classes)
+    made.problem_type = problem
+    with pytest.raises(DataError, match="made for other labels") as error:
+        class_places({"a": made}, data)
+    assert error.value.got == f"problem_type {problem}"
+    assert "data.label_kind" in str(error.value.hint)
+
+
+def test_of_several_classes_a_parent_sees_its_own_in_every_sample() -> None:
+    split = training_split(train(classes=["c", "a"]), MARKS)
+    assert split.labels.tolist() == [[1, 1], [0, 0], [1, 0]] and list(split.items) == [
+        "x",
+        "y",
+        "z",
+    ]
+
+
+@pytest.mark.parametrize("data", [NUMBERS, NOTHING], ids=["regression", "none"])
+def test_classes_of_data_that_have_none(data: TextData) -> None:
+    with pytest.raises(DataError, match="has no classes") as error:
+        check_training(train(classes=["rating"]), data, "x")
+    assert error.value.where == "x.classes"
+    check_training(train(), data, "x")

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_run import events, folder_bytes, recipe, write_recipe
-from torch import Tensor
 
 from slimfuse.pipeline import Run, compress, package, plan
 from slimfuse.report import from_json
 from slimfuse.store import Stage
+from slimfuse.tasks import Evidence
 
 MODEL_FILES = {
     "config.json",
@@ -196,16 +196,17 @@ def test_int8_is_shipped_where_it_keeps_the_accuracy(
 ) -> None:
     from slimfuse.pipeline.deployment import Deployment
 
-    original = Deployment.scores
+    original = Deployment.evidence
 
-    def scores(self: Deployment, stage: Stage, file: str, saved: Path, *, batch: int) -> Tensor:
+    def said(self: Deployment, stage: Stage, file: str, saved: Path, *, batch: int) -> Evidence:
         """Let the INT8 file be right on the first `right` images, the float file on 33."""
         made = original(self, stage, file, saved, batch=batch)
         labels = torch.from_numpy(self.job.data.test.labels)
-        hits = torch.arange(len(made)) < (right if "quantized" in file else 33)
-        return torch.nn.functional.one_hot((labels + ~hits) % 10, 10).float()
+        hits = torch.arange(len(labels)) < (right if "quantized" in file else 33)
+        found = torch.nn.functional.one_hot((labels + ~hits) % 10, 10).float()
+        return made | {"logits": found}
 
-    monkeypatch.setattr(Deployment, "scores", scores)
+    monkeypatch.setattr(Deployment, "evidence", said)
     monkeypatch.setattr(package, "verify", lambda *_, **__: None)
     run = compress(tiny_recipe, overrides=("export.quantize.mode=auto",), out=copied)
     shipped = (run.model / "onnx" / "model_quantized.onnx").exists()

@@ -194,7 +194,8 @@ def test_the_recipe_imports_no_torch() -> None:
          "allowed: from, name, revision, train, weight"),
         ("{source: digits}", "{source: digit}",
          "6: data.source: unknown value; did you mean 'digits'? got: 'digit'; "
-         "allowed: digits, fashion-mnist, imagefolder, wordnet, textfolder, datasets"),
+         "allowed: digits, fashion-mnist, imagefolder, wordnet, vader, anarchism, textfolder, "
+         "datasets"),
         ("name: try\n", "", "1: name: missing key; allowed: text like "
          r"^(?!.*\.\.)[a-z0-9][a-z0-9._-]{0,63}$"),
         ("      epochs: 3\n", "",
@@ -377,7 +378,8 @@ def test_the_error_carries_the_first_problems_place(write: Any) -> None:
         ("name", "not an override; allowed: key.key=value, as in finetune.lr=1e-3"),
         ("a..b=1", "not an override; allowed: key.key=value, as in finetune.lr=1e-3"),
         ("data.source=", "data.source: unknown value; got: null; "
-         "allowed: digits, fashion-mnist, imagefolder, wordnet, textfolder, datasets"),
+         "allowed: digits, fashion-mnist, imagefolder, wordnet, vader, anarchism, textfolder, "
+         "datasets"),
     ],
 )  # fmt: skip
 def test_a_bad_override_names_itself(problems: Any, override: str, line: str) -> None:

@@ -65,7 +65,7 @@ def stages(zoo: Path, tmp_path: Path) -> Any:
 
 def scores(made: Stages, kind: str = "fused") -> Tensor:
     """Return a start's test logits, checked to be those of a model that looks at its images."""
-    found = made.scores(made.start(kind))
+    found = made.evidence(made.start(kind))["logits"]
     assert found.shape == (60, 10) and bool(torch.isfinite(found).all())
     assert not bool((found == found[0]).all())
     return found
@@ -79,7 +79,7 @@ def shown(made: Stages) -> set[str]:
     """Return the groups of the report's pictures of the start; none may crash."""
     fused = made.start("fused")
     names = {p.name for p in made.job.parents}
-    tested = {n: torch.zeros(60, 10) for n in (*names, "finetuned")}
+    tested = {n: {"logits": torch.zeros(60, 10)} for n in (*names, "finetuned")}
     best = min(names)
     found = pictures(made.job, fused, {}, best, tested)
     assert all(draw(p).startswith("<svg") for p in found)
@@ -269,7 +269,7 @@ def test_parents_of_disjoint_classes(stages: Any) -> None:
     made = stages({}, parents=parents)
     assert [p.places for p in made.job.parents] == [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
     assert made.job.target.num_labels == 10
-    assert made.outputs(made.job.parents[1]).test.shape == (60, 10)
+    assert made.outputs(made.job.parents[1]).test["logits"].shape == (60, 10)
     scores(made)
 
 

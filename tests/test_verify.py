@@ -73,7 +73,7 @@ def test_a_finished_folder_holds_in_a_process_that_cannot_import_slimfuse(
 def test_the_script_cannot_import_slimfuse(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     spoiled = stock.SCRIPT.replace("import numpy", "import slimfuse.store; import numpy")
     assert spoiled != stock.SCRIPT
-    monkeypatch.setattr(stock, "SCRIPT", spoiled)
+    monkeypatch.setitem(stock.SCRIPTS, "stock", spoiled)
     with pytest.raises(CheckFailed, match="can't open the folder") as error:
         verify(finished.model)
     assert "slimfuse" in str(error.value.got)
@@ -82,11 +82,11 @@ def test_the_script_cannot_import_slimfuse(finished: Run, monkeypatch: pytest.Mo
 SPOILED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "perturbed": (
         lambda f: change(f, lambda w: w["classifier.bias"].add_(1e-3)),
-        "other logits", "relative",
+        "other answers", "relative",
     ),
     "not a number": (
         lambda f: change(f, lambda w: w["classifier.bias"].fill_(float("nan"))),
-        "other logits", "nan",
+        "other answers", "nan",
     ),
     "missing": (
         lambda f: change(f, lambda w: w.pop("classifier.bias")),
@@ -102,7 +102,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "no samples": (
         lambda f: np.savez(f / "onnx" / "samples.npz", other=np.zeros(1)),
-        "no logits of its run", "None",
+        "no answers of its run", "None",
     ),
 }  # fmt: skip
 

@@ -10,17 +10,27 @@ from torch import Tensor, nn
 
 from slimfuse.batch import Inputs, call
 from slimfuse.families import Shape
-from slimfuse.families.decoder import Decoder
+from slimfuse.families.decoder import EMBEDDING, Decoder
+from slimfuse.families.gemma3 import Gemma3
 from slimfuse.families.llama import Llama
 from slimfuse.families.qwen2 import Qwen2
 from slimfuse.families.qwen3 import Qwen3
 from slimfuse.spaces import AxisMap, transform
 from slimfuse.transport import TransportMap
 
-DECODERS: dict[str, Decoder] = {"llama": Llama(), "qwen2": Qwen2(), "qwen3": Qwen3()}
+DECODERS: dict[str, Decoder] = {
+    "llama": Llama(),
+    "qwen2": Qwen2(),
+    "qwen3": Qwen3(),
+    "gemma3": Gemma3(),
+}
 WIDE = Shape(36, 6, 17, 2)
 NARROW = Shape(20, 4, 11, 2)
 KEY_HEADS, HEAD_DIM, VOCABULARY, TOKENS = 3, 4, 53, 7
+WINDOWS: dict[str, Any] = {
+    "sliding_window": 3,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 EVERY = ("resid", "head", "group", "vo", "mlp")
 # function-preserving: what the config says when a space doubles
 WIDER: dict[str, dict[str, int]] = {
@@ -35,8 +45,11 @@ def config_of(family: Decoder, shape: Shape = WIDE, **keys: Any) -> Any:
     """Return a tiny config with distinct sizes and no special tokens."""
     given = {
         "vocab_size": VOCABULARY, "positions": TOKENS, "key_heads": KEY_HEADS,
-        "head_dim": HEAD_DIM, "bos_token_id": None, "eos_token_id": None, **keys,
+        "head_dim": HEAD_DIM, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+        **(WINDOWS if family.name == "gemma3" else {}), **keys,
     }  # fmt: skip
+    if len(given.get("layer_types", WINDOWS["layer_types"])) != shape.num_hidden_layers:
+        given.pop("layer_types", None)
     return family.new_config(shape, **given)
 
 
@@ -70,6 +83,7 @@ def decoder(family: Decoder, seed: int = 0, spread: float = 0.2, **keys: Any) ->
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             fan = 1 if "embed" in name else p.shape[-1] if p.ndim > 1 else 4
+            fan *= family.layout(model.config).embed_scale ** 2 if "embed" in name else 1
             p.copy_(1 + spread * noise if "norm" in name else noise / fan**0.5)
     return model
 
@@ -103,7 +117,8 @@ def moved(
     """Return the model with a map in every space whose name starts with one of `spaces`.
 
     sizes: what of the config changes. Of a tied model that is widened the final norm takes over
-    the factor of the table, which writes the stream and reads it.
+    the factor of the table, which writes the stream and reads it; so it does with the factor that
+    balances a class' own one of embeddings.
     """
     config = type(model.config)(**{**model.config.to_diff_dict(), **sizes})
     atlas = family.atlas(model.config)
@@ -113,8 +128,10 @@ def moved(
     }
     out = build(family, config)
     state = transform({k: p.detach() for k, p in model.named_parameters()}, atlas, maps)
+    factor = family.layout(model.config).embed_scale / family.layout(config).embed_scale
+    state[EMBEDDING] *= factor
     if config.tie_word_embeddings:
-        state["model.norm.weight"] *= model.config.hidden_size / config.hidden_size
+        state["model.norm.weight"] *= model.config.hidden_size / config.hidden_size / factor
     for name, value in out.named_parameters():
         value.data.copy_(state[name])
     return out

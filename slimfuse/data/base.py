@@ -1,26 +1,31 @@
-"""What every data source hands over: labelled samples, not decoded until asked for."""
+"""What every data source hands over: samples and their labels, not decoded until asked for."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
+Kind = Literal["single", "multi", "regression", "none"]
+"""What a sample's label is: a class, any number of classes, a number, nothing."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled samples.
+    """Samples and their labels.
 
-    items[i]: an `Image` of shape (height, width, 3), or a text; labels: (n,).
+    items[i]: an `Image` of shape (height, width, 3), or a text; labels: of one class each their
+    places, int64 (n,); of several 1 where a class holds, float32 (n, classes); of a number
+    float32 (n,); of nothing zeros, int64 (n,).
     """
 
     items: Sequence[Any]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,9 +66,12 @@ class Subset(Sequence[Any]):
 class DataSet:
     """A data set of one kind of samples.
 
+    classes: the names of the labels' places; of a number the one name of what it says; of nothing
+        none.
     fingerprint: identifies the content, the same wherever and whenever the same samples, labels
         and splits were read. Of a hub's data set it is the mark that `datasets` gives, which
         follows its revision and the library's version.
+    kind: what the labels are.
     """
 
     name: str
@@ -71,6 +79,7 @@ class DataSet:
     test: Split
     classes: tuple[str, ...]
     fingerprint: str
+    kind: Kind = field(default="single", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -85,3 +94,21 @@ class ImageData(DataSet):
 @dataclass(frozen=True)
 class TextData(DataSet):
     """Texts: the items are strings."""
+
+
+D = TypeVar("D", bound=DataSet)
+
+
+def unlabelled(data: D) -> D:
+    """Return a data set without its labels, for tasks that have none."""
+    if data.kind == "none":
+        return data
+    bare = (Split(split.items, no_labels(len(split))) for split in (data.train, data.test))
+    train, test = bare
+    mark = hashlib.sha256(f"unlabelled {data.fingerprint}".encode()).hexdigest()
+    return replace(data, train=train, test=test, classes=(), fingerprint=mark, kind="none")
+
+
+def no_labels(count: int) -> NDArray[np.int64]:
+    """Return what stands for the labels of samples that have none."""
+    return np.zeros(count, dtype=np.int64)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
+from slimfuse.data.cache import fill
 from slimfuse.errors import DataError
-
-
-def cache_folder(name: str) -> Path:
-    """Return the per-user folder that files are unpacked into where no package is installed."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "slimfuse" / name
 
 
 def find_files(
@@ -49,12 +43,12 @@ def _fetch(title: str, package: str, system: Path, target: Path) -> Path:
                 where=str(system),
                 hint=f"run `apt-get update` once; or {hint}",
             ) from error
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(dir=target.parent))
-        shutil.copytree(Path(scratch) / system.relative_to("/"), staged, dirs_exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        staged.rename(target)
-    return target
+        unpacked = Path(scratch) / system.relative_to("/")
+        return fill(target, lambda folder: _copy(unpacked, folder), replace=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def _run(command: list[str], folder: str) -> None:
@@ -65,7 +59,11 @@ def read_file(title: str, file: Path, sha256: str) -> bytes:
     """Return a file's bytes; raises DataError where it is missing or has another sha256."""
     if not file.is_file():
         raise DataError(f"a {title} file is missing", where=str(file))
-    content = file.read_bytes()
+    return checked(title, file, file.read_bytes(), sha256)
+
+
+def checked(title: str, file: Path | str, content: bytes, sha256: str) -> bytes:
+    """Return a file's bytes as they are; raises DataError where they have another sha256."""
     got = hashlib.sha256(content).hexdigest()
     if got != sha256:
         raise DataError(

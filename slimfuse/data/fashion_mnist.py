@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from slimfuse.data import debian
+from slimfuse.data import cache, debian
 from slimfuse.data.base import ImageData, Split
 
 SHA256 = {
@@ -29,7 +29,7 @@ SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 
 def cache_folder() -> Path:
     """Return the per-user folder the package is unpacked into when it isn't installed."""
-    return debian.cache_folder("fashion-mnist")
+    return cache.cache_folder("fashion-mnist")
 
 
 def load_fashion_mnist(path: str | None = None) -> ImageData:

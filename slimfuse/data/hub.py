@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimfuse.data.base import Image, ImageData, Split
+from slimfuse.data.base import Image, ImageData, Split, no_labels
 from slimfuse.errors import DataError, first_line
 from slimfuse.progress import track
 
+SHOWN = 6
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -40,11 +41,13 @@ def load_hub(
     image_column: str = "image",
     label_column: str = "label",
     image_size: int = 224,
+    labels: bool = True,
 ) -> ImageData:
-    """Return an image classification data set from a hub name, a local folder or an image folder.
+    """Return images from a hub name, a local folder or an image folder, labels: of one class each.
 
-    `folder=True` reads `path` as an image folder (one subfolder a class under each split). No
-    code from the data set is run. Raises DataError with the columns and splits that exist.
+    `folder=True` reads `path` as an image folder: under each split one subfolder a class, or,
+    without labels, images anywhere. No code from the data set is run. Raises DataError with the
+    columns and splits that exist.
     """
     if folder and not Path(path).is_dir():
         raise DataError("the image folder does not exist", where=f"data.path {path}", got=path)
@@ -56,10 +59,14 @@ def load_hub(
             return datasets.load_dataset("imagefolder", data_dir=str(Path(path).resolve()))
         return datasets.load_dataset(path, config)
 
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns = [("image_column", image_column)]
+    if labels:
+        columns.append(("label_column", label_column))
     splits = (train_split, test_split)
     parts = open_splits(path, load, splits, columns)
-    names = class_names(parts, label_column, path)
+    if labels and not folder:
+        check_names(path, config, splits, label_column)
+    names = class_names(parts, label_column, path) if labels else ()
     if names is None:
         raise DataError(
             f"column {label_column!r} is not a class label",
@@ -68,7 +75,10 @@ def load_hub(
             hint="cast it with datasets' ClassLabel, or use an image folder",
         )
     train, test = (
-        Split(Column(part, image_column), np.asarray(part[label_column], dtype=np.int64))
+        Split(
+            Column(part, image_column),
+            np.asarray(part[label_column], np.int64) if labels else no_labels(len(part)),
+        )
         for part in parts
     )
     check_labels(path, splits, (train.labels, test.labels))
@@ -82,18 +92,23 @@ def load_hub(
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         fingerprint=_fingerprint(
-            dict(zip(splits, parts, strict=True)), image_column, label_column, local
+            dict(zip(splits, parts, strict=True)),
+            image_column,
+            label_column if labels else None,
+            local,
         ),
+        kind="single" if labels else "none",
     )
 
 
 def open_splits(
-    path: str, load: Callable[[], Any], splits: Sequence[str], columns: Mapping[str, str]
+    path: str, load: Callable[[], Any], splits: Sequence[str], columns: Sequence[tuple[str, str]]
 ) -> list[Any]:
     """Return the named splits of what `load` makes with `datasets`.
 
     path: the recipe's data.path; splits: the training split, then the test split; columns: those
-    needed, by their keys in the recipe. Raises DataError with the splits and columns that exist.
+    needed, each with its key in the recipe. Raises DataError with the splits and columns that
+    exist.
     """
     try:
         with _quiet():
@@ -114,7 +129,7 @@ def open_splits(
                 hint="set data.train_split and data.test_split",
             )
         features = loaded[part].features
-        for name, column in columns.items():
+        for name, column in columns:
             if column not in features:
                 raise DataError(
                     f"column {column!r} does not exist",
@@ -133,6 +148,39 @@ def class_names(parts: Sequence[Any], column: str, path: str) -> tuple[str, ...]
     return None if names is None else tuple(names)
 
 
+def check_names(path: str, config: str | None, splits: Sequence[str], column: str) -> None:
+    """Raise DataError where local parquet files name the classes of a column differently.
+
+    The library reads every file with the first one's names, so those of another would be taken
+    for other classes.
+    """
+    if not Path(path).is_dir():
+        return
+    import datasets
+    import pyarrow.parquet
+
+    files = datasets.load_dataset_builder(path, config).config.data_files or {}
+    first: tuple[str, list[str]] | None = None
+    for split in splits:
+        for file in files.get(split, ()):
+            if not file.endswith(".parquet") or not Path(file).is_file():
+                continue
+            features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
+            feature = features.get(column)
+            names = getattr(getattr(feature, "feature", feature), "names", None)
+            if names is None:
+                continue
+            first = first or (Path(file).name, names)
+            if names != first[1]:
+                other = f"{Path(file).name} {', '.join(names[:SHOWN])}"
+                raise DataError(
+                    "the files name the classes differently",
+                    where=f"data.label_column of {path}",
+                    got=f"{first[0]} has {', '.join(first[1][:SHOWN])}; {other}",
+                    hint="write all splits with one ClassLabel",
+                )
+
+
 def check_labels(path: str, splits: Sequence[str], labels: Sequence[NDArray[np.int64]]) -> None:
     """Raise DataError where a split has no rows, or one without a class (below 0)."""
     for name, of_split in zip(splits, labels, strict=True):
@@ -148,7 +196,7 @@ def name_of(path: str) -> str:
 
 
 def _fingerprint(
-    parts: Mapping[str, Any], image_column: str, label_column: str, root: Path | None
+    parts: Mapping[str, Any], image_column: str, label_column: str | None, root: Path | None
 ) -> str:
     """Return a sha256 of two splits: of the encoded images, their names and labels below `root`.
 
@@ -158,15 +206,18 @@ def _fingerprint(
 
     digest = hashlib.sha256()
     for split, part in parts.items():
-        digest.update(f"{split}: {part.features[label_column].names}\n".encode())
+        names = None if label_column is None else part.features[label_column].names
+        digest.update(f"{split}: {names}\n".encode())
         if root is None:
             digest.update(part._fingerprint.encode())
             continue
         raw = part.cast_column(image_column, datasets.Image(decode=False))
         with track(f"reading {split} images", len(raw)) as tell:
-            for i, row in enumerate(raw.select_columns([image_column, label_column])):
+            kept = [column for column in (image_column, label_column) if column is not None]
+            for i, row in enumerate(raw.select_columns(kept)):
                 name, sha256 = _encoded(row[image_column], root.resolve())
-                digest.update(f"{name}\0{row[label_column]}\0{sha256}\n".encode())
+                label = None if label_column is None else row[label_column]
+                digest.update(f"{name}\0{label}\0{sha256}\n".encode())
                 tell(i + 1)
     return digest.hexdigest()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from slimfuse.data import debian
+from slimfuse.data import cache, debian
 from slimfuse.data.base import Split, TextData
 from slimfuse.data.texts import text_data
 
@@ -35,7 +35,7 @@ TEST_SIZE = 8_000
 
 def cache_folder() -> Path:
     """Return the per-user folder the package is unpacked into when it isn't installed."""
-    return debian.cache_folder("wordnet")
+    return cache.cache_folder("wordnet")
 
 
 def load_wordnet(path: str | None = None) -> TextData:

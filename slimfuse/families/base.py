@@ -40,7 +40,9 @@ class Block:
     gate: of a gated MLP, the reader whose activation multiplies what `up` makes; units are those
     products. group_space: of the query heads that share a key head (grouped queries); head_space
     is then of the key heads. q_norm, k_norm: what every head's queries and keys go through, each
-    with a gain that all heads share.
+    with a gain that all heads share. attention_post, mlp_post: of a sandwich, x + post(f(norm(x))),
+    the norms of what the branches write. kind: of attention, where a model has several; heads move
+    between blocks of one kind.
     """
 
     norm_order: ClassVar[NormOrder] = "pre"
@@ -64,6 +66,13 @@ class Block:
     group_space: str = ""
     q_norm: str = ""
     k_norm: str = ""
+    attention_post: str = ""
+    mlp_post: str = ""
+    kind: str = ""
+
+    def post(self, part: str) -> str:
+        """Return the norm of what a part (o or down) writes, "" where there is none."""
+        return self.attention_post if part == "o" else self.mlp_post
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,15 @@ class Pooler:
 
 
 @dataclass(frozen=True)
+class Transform:
+    """What stands between the stream and a head over the vocabulary: norm(activation(dense x))."""
+
+    dense: str
+    norm: str
+    activation: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where a model's stream starts, runs and is read.
 
@@ -97,6 +115,11 @@ class Layout:
     embed_parameters. projection: the linear layer that writes the first stream of a post-norm
     model whose embeddings have a width of their own; then there is no embed_norm. kept: what of
     such embeddings, and of other parts that don't shrink, the target takes from the first parent.
+    embed_scale: what the class multiplies the first of embed_parameters by, as an embedding.
+    head: "" where there is none, and the model gives its last hidden state. unread: a pooler on
+    the first token of such a model, which nothing reads. transform: what a head over the
+    vocabulary reads the stream through. prefix: the tokens before those that a mean is over;
+    pool_first: final_norm stands behind the pooling, not before it.
     """
 
     stream_space: str
@@ -111,6 +134,11 @@ class Layout:
     tied: bool = False
     projection: str = ""
     kept: tuple[str, ...] = ()
+    embed_scale: float = 1.0
+    unread: Pooler | None = None
+    transform: Transform | None = None
+    prefix: int = 0
+    pool_first: bool = False
 
     @property
     def norm_order(self) -> NormOrder:
@@ -167,6 +195,9 @@ class Family(Protocol):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write a model as the stock class' own files, safetensors only."""
+
+    def stock_form(self, model: nn.Module) -> nn.Module:
+        """Return the model as its stock class has it, which is exported."""
 
     def flops(self, config: Any, tokens: int | None = None) -> int:
         """Return the floating-point operations of one sample (2 per multiply-add).

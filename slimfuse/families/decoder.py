@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
-from slimfuse.errors import ParentError, ShapeError
+from torch import nn
+
+from slimfuse.errors import ShapeError
 from slimfuse.families.base import Block, Layout, Shape
-from slimfuse.families.hf import StockFamily, differences, starting_deviation
+from slimfuse.families.hf import StockFamily, differences, read_config, starting_deviation
 from slimfuse.spaces import Atlas, Space
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+FULL = "full_attention"
 LAYER = {
-    "input_layernorm.weight": "^resid",
     "self_attn.q_proj.weight": "(^head.{i} ^group.{i} =qk) _resid",
     "self_attn.k_proj.weight": "(^head.{i} =qk) _resid",
     "self_attn.v_proj.weight": "(^head.{i} ^vo.{i}) _resid",
     "self_attn.o_proj.weight": "^resid (_head.{i} _group.{i} _vo.{i})",
-    "post_attention_layernorm.weight": "^resid",
     "mlp.gate_proj.weight": "^mlp.{i} _resid",
     "mlp.up_proj.weight": "^mlp.{i} _resid",
     "mlp.down_proj.weight": "^resid _mlp.{i}",
@@ -47,6 +50,16 @@ class Decoder(StockFamily):
 
     qk_norm = False
     """Whether every head's queries and keys are normed."""
+    norms: ClassVar[Mapping[str, str]] = {
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    }
+    """A block's norms of the stream, and of what branches write, by their names in `Block`."""
+
+    @property
+    def model_type(self) -> str:
+        """Transformers' name of the architecture."""
+        return self.name
 
     def qkv_bias(self, config: Any) -> bool:
         """Return whether queries, keys and values have a bias."""
@@ -54,7 +67,7 @@ class Decoder(StockFamily):
 
     def atlas(self, config: Any) -> Atlas:
         """Return the legs of every parameter; a tied head is the embedding."""
-        layer = dict(LAYER)
+        layer = LAYER | {f"{norm}.weight": "^resid" for norm in self.norms.values()}
         layer |= QKV_BIAS if self.qkv_bias(config) else {}
         layer |= OUTPUT_BIAS if getattr(config, "attention_bias", False) else {}
         layer |= MLP_BIAS if getattr(config, "mlp_bias", False) else {}
@@ -82,12 +95,39 @@ class Decoder(StockFamily):
         return Layout(
             stream_space="resid",
             embed_parameters=(EMBEDDING,),
-            blocks=tuple(_block(i, self.qk_norm) for i in range(config.num_hidden_layers)),
+            blocks=tuple(self.block(config, i) for i in range(config.num_hidden_layers)),
             final_norm="model.norm",
             head="lm_head",
             readout="all",
             norm="rms",
             tied=bool(config.tie_word_embeddings),
+        )
+
+    def block(self, config: Any, i: int) -> Block:
+        """Return where block i keeps its parts."""
+        layer = _layer(i)
+        attention = f"{layer}.self_attn"
+        kinds = getattr(config, "layer_types", None)
+        return Block(
+            path=layer,
+            attention=attention,
+            q=f"{attention}.q_proj",
+            k=f"{attention}.k_proj",
+            v=f"{attention}.v_proj",
+            o=f"{attention}.o_proj",
+            mlp=f"{layer}.mlp",
+            up=f"{layer}.mlp.up_proj",
+            down=f"{layer}.mlp.down_proj",
+            head_space=f"head.{i}",
+            qk_space="qk",
+            vo_space=f"vo.{i}",
+            mlp_space=f"mlp.{i}",
+            gate=f"{layer}.mlp.gate_proj",
+            group_space=f"group.{i}",
+            q_norm=f"{attention}.q_norm" if self.qk_norm else "",
+            k_norm=f"{attention}.k_norm" if self.qk_norm else "",
+            kind=kinds[i] if kinds else "",
+            **{part: f"{layer}.{name}" for part, name in self.norms.items()},
         )
 
     def new_config(
@@ -111,7 +151,7 @@ class Decoder(StockFamily):
 
         heads = shape.num_attention_heads
         return AutoConfig.for_model(
-            self.name,
+            self.model_type,
             initializer_range=starting_deviation(shape.hidden_size),
             vocab_size=vocab_size,
             max_position_embeddings=positions,
@@ -134,7 +174,8 @@ class Decoder(StockFamily):
     def narrow(self, config: Any, shape: Shape) -> Any:
         """Return a copy of `config` with `shape`; head_dim and the groups' size stay.
 
-        ShapeError where the heads aren't whole groups; else see `StockFamily.narrow`.
+        Of blocks with several kinds of attention see `kinds`. ShapeError where the heads aren't
+        whole groups; else see `StockFamily.narrow`.
         """
         group = self.group(config)
         if shape.num_attention_heads % group:
@@ -150,20 +191,14 @@ class Decoder(StockFamily):
         narrowed.num_key_value_heads = shape.num_attention_heads // group
         narrowed.head_dim = self.head_dims(config)
         if getattr(config, "layer_types", None):
-            narrowed.layer_types = config.layer_types[: shape.num_hidden_layers]
+            narrowed.layer_types = kinds(config.layer_types, shape.num_hidden_layers)
         return narrowed
 
-    def check(self, config: Any, where: str) -> None:
-        """Raise ParentError for attention in a sliding window."""
-        kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-        if kinds:
-            raise ParentError(
-                "attention in a sliding window isn't known",
-                where=where,
-                got=f"layer_types {sorted(kinds)}",
-                allowed="full_attention",
-                hint="if texts are no longer than the window, turn it off in the parent's config",
-            )
+    def load_config(self, folder: str, revision: str | None = None) -> Any:
+        """Return the config of a saved model; raises ParentError."""
+        config = read_config(folder, self.model_type, revision)
+        self.check(config, str(folder))
+        return config
 
     def flops(self, config: Any, tokens: int | None = None) -> int:
         """Return 2 x the multiply-adds of one sequence: matrices and attention products.
@@ -185,31 +220,21 @@ class Decoder(StockFamily):
         return super().mismatches(configs) + differences(heads, ("head_dim", "query_heads_per_key"))
 
 
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the modules that holds the very same parameters and buffers."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def kinds(types: Sequence[str], depth: int) -> list[str]:
+    """Return the kinds of attention of `depth` blocks that stand for those with `types`.
+
+    A block has full attention where its even share of the blocks has one with it, which sees all
+    that a window sees, and else the kind of the first of them.
+    """
+    count = len(types)
+    shares = [types[i * count // depth : (i + 1) * count // depth] for i in range(depth)]
+    return [FULL if FULL in share else share[0] for share in shares]
+
+
 def _layer(i: int) -> str:
     return f"model.layers.{i}"
-
-
-def _block(i: int, qk_norm: bool) -> Block:
-    layer = _layer(i)
-    attention = f"{layer}.self_attn"
-    return Block(
-        path=layer,
-        attention=attention,
-        attention_norm=f"{layer}.input_layernorm",
-        q=f"{attention}.q_proj",
-        k=f"{attention}.k_proj",
-        v=f"{attention}.v_proj",
-        o=f"{attention}.o_proj",
-        mlp=f"{layer}.mlp",
-        mlp_norm=f"{layer}.post_attention_layernorm",
-        up=f"{layer}.mlp.up_proj",
-        down=f"{layer}.mlp.down_proj",
-        head_space=f"head.{i}",
-        qk_space="qk",
-        vo_space=f"vo.{i}",
-        mlp_space=f"mlp.{i}",
-        gate=f"{layer}.mlp.gate_proj",
-        group_space=f"group.{i}",
-        q_norm=f"{attention}.q_norm" if qk_norm else "",
-        k_norm=f"{attention}.k_norm" if qk_norm else "",
-    )

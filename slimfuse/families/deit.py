@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from slimfuse.families.encoder import ImageEncoder
+from typing import ClassVar
+
+from slimfuse.families.adopting import Adopting
+from slimfuse.families.endings import image_endings
 
 
-class DeiT(ImageEncoder):
-    """`DeiTForImageClassification`: its head reads the class token alone."""
+class DeiT(Adopting):
+    """DeiT: its head reads the class token alone."""
 
-    name = body = "deit"
-    stock = "DeiTForImageClassification"
+    name = "deit"
+    endings: ClassVar = image_endings("DeiT", "deit")
     own_tokens = ("cls_token", "distillation_token")

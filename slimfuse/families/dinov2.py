@@ -7,7 +7,6 @@ stream, and ones in their place: the same function, and what the blocks of a ViT
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,22 +14,25 @@ import torch
 from torch import nn
 
 from slimfuse.errors import ParentError, ShapeError
-from slimfuse.families.base import Block, Layout, Shape
+from slimfuse.families.adopting import Adopting
+from slimfuse.families.base import Block, Shape
 from slimfuse.families.encoder import ImageEncoder
-from slimfuse.spaces import Space
+from slimfuse.families.endings import image_endings
 
 SCALES = {"layer_scale1": "o", "layer_scale2": "down"}
 """The scale behind each branch, and the part of a block that writes it."""
 
 
-class Dinov2(ImageEncoder):
-    """`Dinov2ForImageClassification`: the head reads class token and mean patch, both normed.
+class Dinov2(Adopting):
+    """DINOv2: its head reads class token and mean patch, both normed.
 
     The MLP's width is a whole multiple of the stream's: the config knows no other.
     """
 
-    name = body = "dinov2"
-    stock = "Dinov2ForImageClassification"
+    name = "dinov2"
+    endings: ClassVar = image_endings(
+        "Dinov2", "dinov2", readout="first+mean", copies=2, pooler=False
+    )
     stem = "encoder.layer.{i}"
     parts: ClassVar = {
         **ImageEncoder.parts,
@@ -69,26 +71,10 @@ class Dinov2(ImageEncoder):
         mask = {self.embeddings("mask_token"): "=one ^resid"} if config.use_mask_token else {}
         return super().tables(config) | mask
 
-    def ends(self, config: Any) -> dict[str, str]:
-        """Return the legs of the last norm and of the head, which reads two pooled streams."""
-        return super().ends(config) | {f"{self.head}.weight": "=classes (=pooled _resid)"}
-
-    def spaces(self, config: Any) -> list[Space]:
-        """Return the spaces of the patches, the tokens, the stream and the head."""
-        return [*super().spaces(config), Space("pooled", 2, "fixed")]
-
     def legs(self, block: Block) -> dict[str, str]:
         """Return the legs of all parameters of a block, its scales, too."""
         scales = {f"{block.path}.{scale}.lambda1": "^resid" for scale in SCALES}
         return super().legs(block) | scales
-
-    def layout(self, config: Any) -> Layout:
-        """Return where the parts are."""
-        return replace(super().layout(config), readout="first+mean")
-
-    def pooled_width(self, config: Any) -> int:
-        """Return how many features the head reads: the stream's, twice."""
-        return 2 * int(config.hidden_size)
 
     def narrow(self, config: Any, shape: Shape) -> Any:
         """Return a copy of `config` with `shape` and scales of 1; else ShapeError."""

@@ -8,13 +8,28 @@ import torch
 
 from slimfuse.families.base import Pooler
 from slimfuse.families.encoder import TextEncoder
+from slimfuse.families.endings import WordHead, text_endings
 
 
 class DistilBert(TextEncoder):
-    """`DistilBertForSequenceClassification`; norms are as in BERT, with ε = 1e-12 for all."""
+    """DistilBERT; norms are as in BERT, with ε = 1e-12 for all."""
 
-    name = body = "distilbert"
-    stock = "DistilBertForSequenceClassification"
+    name = "distilbert"
+    endings: ClassVar = text_endings(
+        "DistilBert",
+        "distilbert",
+        ("classifier", Pooler("pre_classifier", "pool", torch.relu)),
+        WordHead(
+            "DistilBertForMaskedLM",
+            "distilbert",
+            dense="vocab_transform",
+            norm="vocab_layer_norm",
+            head="vocab_projector",
+            bias="vocab_projector.bias",
+            act="activation",
+        ),
+        pooler=False,
+    )
     stem = "transformer.layer.{i}"
     parts: ClassVar = {
         "attention": "attention",
@@ -28,7 +43,7 @@ class DistilBert(TextEncoder):
         "up": "ffn.lin1",
         "down": "ffn.lin2",
     }
-    pooler = Pooler("pre_classifier", "pool", torch.relu)
     types = False
+    heads = (*TextEncoder.heads, "vocab_transform.", "vocab_layer_norm.", "vocab_projector.")
     mlp_key = "hidden_dim"
     alike = ("vocab_size", "max_position_embeddings", "activation")

@@ -7,29 +7,42 @@ their norm live there, and a linear layer writes the first stream, which no norm
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.nn.functional import gelu
 
 from slimfuse.errors import ShapeError
 from slimfuse.families.base import Layout, Pooler, Shape
 from slimfuse.families.encoder import TextEncoder, norm_legs
+from slimfuse.families.endings import WordHead, text_endings
 from slimfuse.families.hf import differences
 from slimfuse.spaces import Space
 
-PROJECTION = {
-    "electra.embeddings_project.weight": "^resid _embed",
-    "electra.embeddings_project.bias": "^resid",
-}
+PROJECTION = "embeddings_project"
 
 
 class Electra(TextEncoder):
-    """`ElectraForSequenceClassification` with any width, depth, heads and MLP width."""
+    """ELECTRA with any width, depth, heads and MLP width."""
 
-    name = body = "electra"
-    stock = "ElectraForSequenceClassification"
-    head = "classifier.out_proj"
-    pooler = Pooler("classifier.dense", "pool", gelu)
+    name = "electra"
+    endings: ClassVar = text_endings(
+        "Electra",
+        "electra",
+        ("classifier.out_proj", Pooler("classifier.dense", "pool", gelu)),
+        WordHead(
+            "ElectraForMaskedLM",
+            "electra",
+            dense="generator_predictions.dense",
+            norm="generator_predictions.LayerNorm",
+            head="generator_lm_head",
+            bias="generator_lm_head.bias",
+        ),
+        pooler=False,
+    )
+    heads = (
+        *TextEncoder.heads, "discriminator_predictions.", "generator_predictions.",
+        "generator_lm_head.", "sequence_summary.",
+    )  # fmt: skip
 
     def tables(self, config: Any) -> dict[str, str]:
         """Return the legs of the tables, which write the first stream or what it is made of."""
@@ -39,14 +52,15 @@ class Electra(TextEncoder):
         return {name: legs.replace("^resid", "^embed") for name, legs in found.items()}
 
     def ends(self, config: Any) -> dict[str, str]:
-        """Return the legs of the first norm, the projection behind it, the pooler and the head."""
-        found = super().ends(config)
+        """Return the legs of the first norm, the projection behind it, and the ending."""
+        found, path = super().ends(config), self.path(PROJECTION)
         if not _projected(config):
             return found
-        return found | PROJECTION | norm_legs(self.embeddings("LayerNorm"), "embed")
+        own = {f"{path}.weight": "^resid _embed", f"{path}.bias": "^resid"}
+        return found | own | norm_legs(self.embeddings("LayerNorm"), "embed")
 
     def spaces(self, config: Any) -> list[Space]:
-        """Return the spaces of the tables, the stream and the pooler."""
+        """Return the spaces of the tables, the stream and the ending."""
         found = super().spaces(config)
         own = [Space("embed", config.embedding_size, "stream")]
         return found + own if _projected(config) else found
@@ -58,8 +72,8 @@ class Electra(TextEncoder):
             return found
         own = (*self.tables(config), *norm_legs(self.embeddings("LayerNorm")))
         return replace(
-            found, embed_parameters=(), embed_norm="", projection="electra.embeddings_project",
-            kept=own,
+            found, embed_parameters=(), embed_norm="", projection=self.path(PROJECTION), kept=own,
+            tied=False,
         )  # fmt: skip
 
     def new_config(self, *args: Any, **inputs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What encoders share: the legs and the places of their blocks, of their tokens and of their head.
+"""What encoders share: the legs and the places of their blocks and of their tokens.
 
-Encoders of texts are post-norm and read their first token through a pooler; encoders of images are
-pre-norm.
+Encoders of texts are post-norm, encoders of images pre-norm. What stands behind the blocks depends
+on the task, see `endings`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from slimfuse.errors import ParentError
-from slimfuse.families.base import Block, Layout, Pooler, PostNormBlock, Shape
+from slimfuse.families.base import Block, Layout, PostNormBlock, Shape
+from slimfuse.families.endings import Ending, NoHead, WordHead
 from slimfuse.families.hf import StockFamily
 from slimfuse.spaces import Atlas, Space
 
@@ -44,20 +45,29 @@ def norm_legs(path: str, space: str = "resid") -> dict[str, str]:
 class Encoder(StockFamily):
     """An encoder whose blocks are alike.
 
-    body: the path of the class' base model; stem: of block {i} in it; parts: where a block keeps
-    its parts, by their names in `Block`; head: the path of the last layer.
+    stem: of block {i} in the class' base model; parts: where a block keeps its parts, by their
+    names in `Block`; endings: what stands behind the blocks, by task.
     """
 
-    body: str
     stem: str
     parts: ClassVar[Mapping[str, str]]
     kind: ClassVar[type[Block]]
-    head: str = "classifier"
+    endings: ClassVar[Mapping[str, Ending]]
     head_space: str = "head.{i}"
+
+    def __init__(self, task: str = "") -> None:
+        """Take the stock class of a task, the first one's where it isn't said."""
+        self.ending = self.endings[task or next(iter(self.endings))]
+        self.stock, self.body = self.ending.stock, self.ending.body
+        self.optional = self._optional()
+
+    def path(self, name: str) -> str:
+        """Return the path of a part of the base model."""
+        return f"{self.body}.{name}" if self.body else name
 
     def block(self, i: int) -> Block:
         """Return where block i keeps its parts."""
-        path = f"{self.body}.{self.stem.format(i=i)}"
+        path = self.path(self.stem.format(i=i))
         return self.kind(
             path=path,
             head_space=self.head_space.format(i=i),
@@ -77,19 +87,19 @@ class Encoder(StockFamily):
 
     def embeddings(self, name: str) -> str:
         """Return the path of a part of the embeddings."""
-        return f"{self.body}.embeddings.{name}"
+        return self.path(f"embeddings.{name}")
 
     def tables(self, config: Any) -> dict[str, str]:
         """Return the legs of what writes the first stream."""
         raise NotImplementedError
 
     def ends(self, config: Any) -> dict[str, str]:
-        """Return the legs of what stands before and behind the blocks beside it."""
-        raise NotImplementedError
+        """Return the legs of what stands before the blocks beside it, and behind them."""
+        return self.ending.legs(config)
 
     def spaces(self, config: Any) -> list[Space]:
         """Return the spaces that `tables` and `ends` name."""
-        raise NotImplementedError
+        return [*self.ending.spaces(config), Space("resid", config.hidden_size, "stream")]
 
     def atlas(self, config: Any) -> Atlas:
         """Return the legs of every parameter."""
@@ -115,12 +125,17 @@ class Encoder(StockFamily):
         block = 4 * width * inner + 2 * width * shape.intermediate_size + 2 * tokens * inner
         return int(tokens * block * shape.num_hidden_layers)
 
+    def _optional(self) -> tuple[str, ...]:
+        """Return the parameters that a saved model may lack: those that nothing reads."""
+        pooler = self.ending.pooler if isinstance(self.ending, NoHead) else ""
+        return (f"{pooler}.weight", f"{pooler}.bias") if pooler else ()
+
 
 class TextEncoder(Encoder):
-    """A post-norm encoder of tokens with a head on its pooled first token.
+    """A post-norm encoder of tokens.
 
-    Inputs are token ids (batch, tokens) and, of padded ones, their mask. The pooler is as wide as
-    the stream: the classes know no other. types: whether segments are told apart.
+    Inputs are token ids (batch, tokens) and, of padded ones, their mask. types: whether segments
+    are told apart.
     """
 
     kind = PostNormBlock
@@ -137,8 +152,10 @@ class TextEncoder(Encoder):
         "up": "intermediate.dense",
         "down": "output.dense",
     }
-    pooler: Pooler
     types: bool = True
+    heads: tuple[str, ...] = (
+        "classifier.", "cls.", "lm_head.", "qa_outputs.", "pooler.", "pre_classifier.",
+    )  # fmt: skip
     alike: tuple[str, ...] = (
         "vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps",
     )  # fmt: skip
@@ -154,22 +171,15 @@ class TextEncoder(Encoder):
         }
 
     def ends(self, config: Any) -> dict[str, str]:
-        """Return the legs of the first norm, the pooler and the head."""
-        return norm_legs(self.embeddings("LayerNorm")) | {
-            f"{self.pooler.dense}.weight": f"^{self.pooler.space} _resid",
-            f"{self.pooler.dense}.bias": f"^{self.pooler.space}",
-            f"{self.head}.weight": f"=classes _{self.pooler.space}",
-            f"{self.head}.bias": "=classes",
-        }
+        """Return the legs of the first norm, and of what stands behind the blocks."""
+        return norm_legs(self.embeddings("LayerNorm")) | super().ends(config)
 
     def spaces(self, config: Any) -> list[Space]:
-        """Return the spaces of the tables, the stream and the pooler."""
+        """Return the spaces of the tables, the stream and the ending."""
         found = [
             Space("vocab", config.vocab_size, "fixed"),
             Space("positions", config.max_position_embeddings, "fixed"),
-            Space("classes", config.num_labels, "fixed"),
-            Space("resid", config.hidden_size, "stream"),
-            Space(self.pooler.space, config.hidden_size, "mlp"),  # hidden units, like an MLP's
+            *super().spaces(config),
         ]
         return found + ([Space("types", config.type_vocab_size, "fixed")] if self.types else [])
 
@@ -180,10 +190,8 @@ class TextEncoder(Encoder):
             embed_parameters=tuple(self.tables(config)),
             blocks=self.blocks(config),
             final_norm="",
-            head=self.head,
-            readout=0,
             embed_norm=self.embeddings("LayerNorm"),
-            pooler=self.pooler,
+            **self.ending.places(config),
         )
 
     def first_position(self, config: Any) -> int:
@@ -191,7 +199,13 @@ class TextEncoder(Encoder):
         return 0
 
     def new_config(
-        self, shape: Shape, *, vocab_size: int, positions: int, labels: Sequence[str], **keys: Any
+        self,
+        shape: Shape,
+        *,
+        vocab_size: int,
+        positions: int,
+        labels: Sequence[str] = (),
+        **keys: Any,
     ) -> Any:
         """Return a config for training from scratch.
 
@@ -208,6 +222,13 @@ class TextEncoder(Encoder):
             "add_cross_attention": False,
             "position_embedding_type": "absolute",
         }
+        if isinstance(self.ending, WordHead) and not config.tie_word_embeddings:
+            raise ParentError(
+                "the parent's head has a table of its own",
+                where=where,
+                got="tie_word_embeddings False",
+                allowed="tie_word_embeddings True: a head that shares the embeddings' table",
+            )
         found = {key: getattr(config, key, value) for key, value in keys.items()}
         if found != keys:
             raise ParentError(
@@ -222,16 +243,14 @@ class TextEncoder(Encoder):
 
         tokens: its length; None for the longest the model takes.
         """
-        longest = config.max_position_embeddings - self.first_position(config)
-        tokens, width = tokens or longest, config.hidden_size
-        head = width * width + width * config.num_labels
-        return 2 * int(self.products(config, tokens) + head)
+        tokens = tokens or config.max_position_embeddings - self.first_position(config)
+        return 2 * (self.products(config, tokens) + self.ending.products(config, tokens))
 
 
 class ImageEncoder(Encoder):
     """A pre-norm encoder of square or oblong patches, with tokens of its own before them.
 
-    own_tokens: their names; readout: the first one.
+    own_tokens: their names.
     """
 
     kind = Block
@@ -249,8 +268,11 @@ class ImageEncoder(Encoder):
         "down": "mlp.fc2",
     }
     own_tokens: tuple[str, ...] = ("cls_token",)
+    heads: tuple[str, ...] = (
+        "classifier.", "pooler.", "decoder.", "cls_classifier.", "distillation_classifier.",
+    )  # fmt: skip
     alike: tuple[str, ...] = (
-        "image_size", "patch_size", "num_channels", "hidden_act", "layer_norm_eps", "qkv_bias",
+        "image_size", "patch_size", "num_channels", "hidden_act", "qkv_bias",
     )  # fmt: skip
 
     def tables(self, config: Any) -> dict[str, str]:
@@ -264,13 +286,10 @@ class ImageEncoder(Encoder):
 
     def ends(self, config: Any) -> dict[str, str]:
         """Return the legs of the last norm and the head."""
-        return norm_legs(f"{self.body}.layernorm") | {
-            f"{self.head}.weight": "=classes _resid",
-            f"{self.head}.bias": "=classes",
-        }
+        return norm_legs(self.path("layernorm")) | super().ends(config)
 
     def spaces(self, config: Any) -> list[Space]:
-        """Return the spaces of the patches, the tokens and the stream."""
+        """Return the spaces of the patches, the tokens, the stream and the head."""
         rows, columns = _pair(config.patch_size)
         return [
             Space("one", 1, "fixed"),
@@ -278,8 +297,7 @@ class ImageEncoder(Encoder):
             Space("channels", config.num_channels, "fixed"),
             Space("rows", rows, "fixed"),
             Space("columns", columns, "fixed"),
-            Space("classes", config.num_labels, "fixed"),
-            Space("resid", config.hidden_size, "stream"),
+            *super().spaces(config),
         ]
 
     def layout(self, config: Any) -> Layout:
@@ -288,13 +306,18 @@ class ImageEncoder(Encoder):
             stream_space="resid",
             embed_parameters=tuple(self.tables(config)),
             blocks=self.blocks(config),
-            final_norm=f"{self.body}.layernorm",
-            head=self.head,
-            readout=0,
+            final_norm=self.path("layernorm"),
+            **self.ending.places(config),
         )
 
     def new_config(
-        self, shape: Shape, *, patch_size: int, image_size: int, labels: Sequence[str], **keys: Any
+        self,
+        shape: Shape,
+        *,
+        patch_size: int,
+        image_size: int,
+        labels: Sequence[str] = (),
+        **keys: Any,
     ) -> Any:
         """Return a config for training from scratch, RGB input; keys: others of the class."""
         sides = {"patch_size": patch_size, "image_size": image_size, "num_channels": 3}
@@ -322,10 +345,6 @@ class ImageEncoder(Encoder):
         """Return how many tokens an image becomes."""
         return self.patches(config) + len(self.own_tokens)
 
-    def pooled_width(self, config: Any) -> int:
-        """Return how many features the head reads."""
-        return int(config.hidden_size)
-
     def flops(self, config: Any, tokens: int | None = None) -> int:
         """Return 2 x the multiply-adds of one image: matrices and attention products.
 
@@ -334,8 +353,8 @@ class ImageEncoder(Encoder):
         rows, columns = _pair(config.patch_size)
         pixels = config.num_channels * rows * columns
         ends = self.patches(config) * pixels * config.hidden_size
-        head = self.pooled_width(config) * config.num_labels
-        return 2 * int(self.products(config, self.tokens(config)) + ends + head)
+        own = self.tokens(config)
+        return 2 * int(self.products(config, own) + ends + self.ending.products(config, own))
 
 
 def _biases(*paths: str) -> tuple[str, ...]:

@@ -26,13 +26,17 @@ class StockFamily:
     """A family of one transformers class: what of `Family` its name and its config's keys give.
 
     name: transformers' model type; stock: the class; mlp_key: the config's key of the MLP's width;
-    alike: the keys in which models have to agree to be fused.
+    alike: the keys in which models have to agree to be fused; heads: what the names of other
+    classes' heads begin with, which a saved model may hold beside what is wanted; optional:
+    parameters that it may lack, which are nought then.
     """
 
     name: str
     stock: str
     alike: tuple[str, ...]
     mlp_key: str = "intermediate_size"
+    heads: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     def shape(self, config: Any) -> Shape:
         """Return the sizes that may shrink."""
@@ -64,15 +68,17 @@ class StockFamily:
         """Return the config of a model that is to be trained; keys: of the class' config.
 
         Weights start with variance 2/(5·width) (Nguyen & Salazar 2019, arXiv 1910.05895): the
-        classes' own 0.02 suits width 768 and learns slowly in narrow models.
+        classes' own 0.02 suits width 768 and learns slowly in narrow models. labels: of a
+        classifier, none of other classes.
         """
         from transformers import AutoConfig
 
+        if labels:
+            keys["id2label"] = dict(enumerate(labels))
+            keys["label2id"] = {label: i for i, label in enumerate(labels)}
         return AutoConfig.for_model(
             self.name,
             initializer_range=starting_deviation(shape.hidden_size),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
             **self.sizes(shape),
             **keys,
         )
@@ -105,10 +111,19 @@ class StockFamily:
     def load(
         self, folder: str | Path, *, attention: str = "sdpa", revision: str | None = None
     ) -> nn.Module:
-        """Return a saved model in evaluation mode; a missing or unexpected weight is an error."""
+        """Return a saved model in evaluation mode; a missing or unexpected weight is an error.
+
+        A model saved with another head than the wanted one will do where the wanted one has none.
+        """
         self.load_config(str(folder), revision)
-        wanted = self._attention(attention)
-        return read_model(self._class(), folder, attention=wanted, revision=revision)
+        return read_model(
+            self._class(), folder, attention=self._attention(attention), revision=revision,
+            heads=self.heads, optional=self.optional,
+        )  # fmt: skip
+
+    def stock_form(self, model: nn.Module) -> nn.Module:
+        """Return the model itself: it is one of a stock class."""
+        return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write config.json and model.safetensors."""
@@ -185,15 +200,25 @@ def read_config(folder: str, model_type: str, revision: str | None = None) -> An
 
 
 def read_model(
-    stock: Any, folder: str | Path, *, attention: str, revision: str | None = None
+    stock: Any,
+    folder: str | Path,
+    *,
+    attention: str,
+    revision: str | None = None,
+    heads: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
 ) -> nn.Module:
     """Return a saved model of a stock class in evaluation mode, strictly; raises ParentError.
 
-    Weights are memory-mapped. A missing, unexpected or misshapen weight is an error.
+    Weights are memory-mapped. A missing, unexpected or misshapen weight is an error, but for those
+    of other classes' heads (what their names begin with) and for optional ones, see `StockFamily`.
     """
     import torch
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would say of weights is told below
     try:
         model, info = stock.from_pretrained(
             folder,
@@ -212,6 +237,15 @@ def read_model(
             got=first_line(error),
             hint="the file may be cut off or not safetensors: fetch or save it again",
         ) from error
+    finally:
+        logging.set_verbosity(level)
+    lacks = set(info["missing_keys"]) & set(optional)
+    info["missing_keys"] = set(info["missing_keys"]) - lacks
+    others = (*heads, *(f"{stock.base_model_prefix}.{head}" for head in heads))
+    info["unexpected_keys"] = {k for k in info["unexpected_keys"] if not k.startswith(others)}
+    with torch.no_grad():
+        for name in lacks:
+            model.get_parameter(name).zero_()
     wrong = {k: sorted(v)[:5] for k, v in info.items() if v}
     if wrong:
         raise ParentError(

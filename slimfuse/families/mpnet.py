@@ -10,22 +10,35 @@ import torch
 from slimfuse.errors import ShapeError
 from slimfuse.families.base import Layout, Pooler, Shape
 from slimfuse.families.encoder import TextEncoder
+from slimfuse.families.endings import WordHead, text_endings
 from slimfuse.spaces import Space
 
-BIASES = "mpnet.encoder.relative_attention_bias.weight"
+BIASES = "encoder.relative_attention_bias.weight"
 SHARED = ("num_attention_heads", "num_hidden_layers")
 
 
 class MPNet(TextEncoder):
-    """`MPNetForSequenceClassification`: one table of biases of the scores for all blocks.
+    """MPNet: one table of biases of the scores for all blocks.
 
     It has a column a head, so the heads of all blocks are one space: head h is the same head
     everywhere, and none can be dropped in one block alone. Heads stay as they are, each in its
     place, which holds for one parent whose blocks are all kept.
     """
 
-    name = body = "mpnet"
-    stock = "MPNetForSequenceClassification"
+    name = "mpnet"
+    endings: ClassVar = text_endings(
+        "MPNet",
+        "mpnet",
+        ("classifier.out_proj", Pooler("classifier.dense", "pool", torch.tanh)),
+        WordHead(
+            "MPNetForMaskedLM",
+            "mpnet",
+            dense="lm_head.dense",
+            norm="lm_head.layer_norm",
+            head="lm_head.decoder",
+            bias="lm_head.bias",
+        ),
+    )
     parts: ClassVar = {
         **TextEncoder.parts,
         "attention_norm": "attention.LayerNorm",
@@ -34,9 +47,7 @@ class MPNet(TextEncoder):
         "v": "attention.attn.v",
         "o": "attention.attn.o",
     }
-    head = "classifier.out_proj"
     head_space = "head"
-    pooler = Pooler("classifier.dense", "pool", torch.tanh)
     types = False
     alike = (
         "vocab_size", "max_position_embeddings", "relative_attention_num_buckets", "hidden_act",
@@ -45,14 +56,14 @@ class MPNet(TextEncoder):
 
     def layout(self, config: Any) -> Layout:
         """Return where the parts are; the heads' biases stay as they are."""
-        return replace(super().layout(config), kept=(BIASES,))
+        return replace(super().layout(config), kept=(self.path(BIASES),))
 
     def ends(self, config: Any) -> dict[str, str]:
-        """Return the legs of first norm, pooler and head, and of the biases of the scores."""
-        return super().ends(config) | {BIASES: "=buckets ^head"}
+        """Return the legs of first norm and ending, and of the biases of the scores."""
+        return super().ends(config) | {self.path(BIASES): "=buckets ^head"}
 
     def spaces(self, config: Any) -> list[Space]:
-        """Return the spaces of the tables, the stream and the pooler."""
+        """Return the spaces of the tables, the stream, the ending and the biases."""
         return [
             *super().spaces(config),
             Space("buckets", config.relative_attention_num_buckets, "fixed"),

@@ -12,7 +12,7 @@ class Qwen2(Decoder):
 
     name = "qwen2"
     stock = "Qwen2ForCausalLM"
-    alike = ("vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters")
+    alike = ("vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters", "sliding_window")
 
     def qkv_bias(self, config: Any) -> bool:
         """Return True: the class always has them."""

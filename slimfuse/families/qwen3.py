@@ -10,5 +10,12 @@ class Qwen3(Decoder):
 
     name = "qwen3"
     stock = "Qwen3ForCausalLM"
-    alike = ("vocab_size", "hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias")
+    alike = (
+        "vocab_size",
+        "hidden_act",
+        "rms_norm_eps",
+        "rope_parameters",
+        "sliding_window",
+        "attention_bias",
+    )
     qk_norm = True

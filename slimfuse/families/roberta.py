@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from slimfuse.families.base import Pooler
 from slimfuse.families.encoder import TextEncoder
+from slimfuse.families.endings import WordHead, text_endings
 
 
 class Roberta(TextEncoder):
-    """`RobertaForSequenceClassification`; the first position is the one behind the pad token's."""
+    """RoBERTa; the first position is the one behind the pad token's."""
 
-    name = body = "roberta"
-    stock = "RobertaForSequenceClassification"
-    head = "classifier.out_proj"
-    pooler = Pooler("classifier.dense", "pool", torch.tanh)
+    name = "roberta"
+    endings: ClassVar = text_endings(
+        "Roberta",
+        "roberta",
+        ("classifier.out_proj", Pooler("classifier.dense", "pool", torch.tanh)),
+        WordHead(
+            "RobertaForMaskedLM",
+            "roberta",
+            dense="lm_head.dense",
+            norm="lm_head.layer_norm",
+            head="lm_head.decoder",
+            bias="lm_head.bias",
+        ),
+    )
     alike = (*TextEncoder.alike, "pad_token_id")
 
     def first_position(self, config: Any) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from slimfuse.families.encoder import ImageEncoder
+from typing import ClassVar
+
+from slimfuse.families.adopting import Adopting
+from slimfuse.families.endings import image_endings
 
 
-class ViT(ImageEncoder):
-    """`ViTForImageClassification` with any width, depth, heads and MLP width."""
+class ViT(Adopting):
+    """ViT with any width, depth, heads and MLP width."""
 
-    name = body = "vit"
-    stock = "ViTForImageClassification"
+    name = "vit"
+    endings: ClassVar = image_endings("ViT", "vit")

@@ -1,68 +1,70 @@
-"""What a training step minimises: labels, the teachers' soft targets, or a mix of both."""
+"""What a training step minimises: labels, the teachers' answers, or a mix of both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from slimfuse.batch import Batch, call
+from slimfuse.tasks import Criterion, Task
 
-Fetch = Callable[[Tensor], Batch]
-"""Sample indices (batch,) -> model inputs."""
-
-
-def soft_targets(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
-    """Return the teachers' weighted mean probabilities (n, classes) at `temperature`."""
-    total = sum(weights)
-    parts = [
-        (w / total) * torch.softmax(z.float() / temperature, -1)
-        for w, z in zip(weights, logits, strict=True)
-    ]
-    return torch.stack(parts).sum(0)
+Fetch = Callable[[Tensor], tuple[Batch, Tensor]]
+"""Sample indices (batch,) -> model inputs and labels."""
+Teach = Callable[[Tensor, Batch, Tensor], Tensor]
+"""Sample indices, inputs, labels -> what the teachers say of the rows that count."""
+Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
-def labels_loss(
-    fetch: Fetch, labels: Tensor, label_smoothing: float = 0.0
-) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Return cross-entropy against labels (n,) as a loss of (model, indices)."""
+def labels_loss(task: Task, fetch: Fetch, label_smoothing: float = 0.0) -> Loss:
+    """Return the task's loss against labels, as a loss of (model, indices)."""
 
     def loss(model: nn.Module, indices: Tensor) -> Tensor:
-        like = next(model.parameters())
-        scores = call(model, fetch(indices).to(like.device, like.dtype)).logits
-        return nn.functional.cross_entropy(
-            scores.float(), labels[indices].to(like.device), label_smoothing=label_smoothing
-        )
+        rows, labels = answered(task, model, *fetch(indices))
+        found = task.criterion.labelled(rows, labels, label_smoothing)
+        assert found is not None, f"{task.name} has no labels to learn from"
+        return found
 
     return loss
 
 
 def distillation_loss(
+    task: Task,
     fetch: Fetch,
-    labels: Tensor,
-    teach: Callable[[Tensor, Batch], Tensor],
+    teach: Teach,
     *,
     temperature: float,
     hardness: float,
-) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Return `hardness`·T²·KL(teachers ‖ model) + (1 - `hardness`)·cross-entropy.
+    criterion: Criterion | None = None,
+) -> Loss:
+    """Return `hardness`·(distance from the teachers) + (1 - `hardness`)·(loss against labels).
 
-    teach: (indices, inputs) -> soft targets (batch, classes) at `temperature`.
-    The factor T² keeps the gradient's size independent of T.
-    Source: Hinton et al. 2015 (arXiv 1503.02531), section 2.
+    criterion: the task's, or what it has become for this training. Without labels the teachers
+    are all there is.
     """
+    judge = criterion or task.criterion
 
     def loss(model: nn.Module, indices: Tensor) -> Tensor:
-        inputs, like = fetch(indices), next(model.parameters())
-        device = like.device
-        scores = call(model, inputs.to(device, like.dtype)).logits.float()
-        soft = nn.functional.kl_div(
-            torch.log_softmax(scores / temperature, -1),
-            teach(indices, inputs).to(device),
-            reduction="batchmean",
-        )
-        hard = nn.functional.cross_entropy(scores, labels[indices].to(device))
-        return hardness * temperature**2 * soft + (1 - hardness) * hard
+        inputs, goals = fetch(indices)
+        rows, labels = answered(task, model, inputs, goals)
+        told = judge.taught(rows, teach(indices, inputs, goals).to(rows.device), temperature)
+        hard = judge.labelled(rows, labels, 0.0)
+        return told if hard is None else hardness * told + (1 - hardness) * hard
 
     return loss
+
+
+def answered(task: Task, model: nn.Module, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a model's float32 rows that count, and their labels, where the model is."""
+    like = next(model.parameters())
+    given = inputs.to(like.device, like.dtype)
+    output = getattr(call(model, given), task.output)
+    rows, labels = task.rows(output, given, labels.to(like.device))
+    return rows.float(), labels
+
+
+@torch.no_grad()
+def told(task: Task, model: nn.Module, inputs: Batch, labels: Tensor) -> Tensor:
+    """Return a teacher's rows that count."""
+    return answered(task, model, inputs, labels)[0]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from slimfuse.batch import Batches
-from slimfuse.errors import ParentError
 from slimfuse.families import Family, Layout
 from slimfuse.fuse import walk
 from slimfuse.moments import Moments
@@ -43,7 +42,8 @@ def select(parent: nn.Module, target: nn.Module, family: Family, batches: Batche
     state, atlas = _shortened(parent, target, family)
     scores = {name: _norms(state, atlas, name) for name in atlas.free}
     whole = family.layout(parent.config)
-    energies = _energies(parent, whole, family.head_dims(parent.config), batches)
+    sizes = {name: space.size for name, space in family.atlas(parent.config).spaces.items()}
+    energies = _energies(parent, whole, sizes, family.head_dims(parent.config), batches)
     kept = kept_blocks(len(whole.blocks), len(family.layout(target.config).blocks))
     for block, layer in zip(family.layout(target.config).blocks, kept, strict=True):
         scores[block.head_space] = energies[whole.blocks[layer].head_space]
@@ -63,8 +63,6 @@ def _shortened(
     """Return the parent's parameters and legs with as many blocks as the target has."""
     depth = family.shape(target.config).num_hidden_layers
     layout = family.layout(parent.config)
-    if layout.norm_order == "post":
-        raise ParentError("copies and prunings know pre-norm models only", got=family.name)
     shape = replace(family.shape(parent.config), num_hidden_layers=depth)
     short: Any = family.narrow(parent.config, shape)
     atlas, whole = family.atlas(short), dict(parent.state_dict())
@@ -102,32 +100,39 @@ def _keep(
     scale = family.query_scale(parent.config, target.config)
     queries = {block.q for block in family.layout(target.config).blocks}
     with torch.no_grad():
-        for name, value in target.state_dict().items():
+        for name, value in target.named_parameters():
             value.copy_(moved[name] * (scale if name.rsplit(".", 1)[0] in queries else 1.0))
 
 
 def _energies(
-    parent: nn.Module, layout: Layout, head_dims: int, batches: Batches
+    parent: nn.Module,
+    layout: Layout,
+    sizes: Mapping[str, int],
+    head_dims: int,
+    batches: Batches,
 ) -> dict[str, Tensor]:
     """Return the energy that heads and MLP units write, and the stream's channels' variance."""
     state = parent.state_dict()
-    sizes = {layout.stream_space: len(state[f"{layout.final_norm}.weight"])}
+    seen = {layout.stream_space: Moments(x=sizes[layout.stream_space])}
     for block in layout.blocks:
-        sizes[block.head_space] = state[f"{block.o}.weight"].shape[1]
-        sizes[block.mlp_space] = state[f"{block.down}.weight"].shape[1]
-    seen = {name: Moments(x=size) for name, size in sizes.items()}
+        seen[block.head_space] = Moments(x=state[f"{block.o}.weight"].shape[1])
+        seen[block.mlp_space] = Moments(x=state[f"{block.down}.weight"].shape[1])
     with torch.no_grad():
         for batch in batches():
             begun = walk.start(parent, layout, batch)
-            x = begun.stream
+            x, mask = begun.stream, begun.mask
+            real = None if mask is None else mask.flatten().nonzero()[:, 0]
             for block, told in zip(layout.blocks, begun.calls, strict=True):
                 heads = walk.attend(parent, block, x, told)
-                seen[block.head_space].update(x=walk.rows(heads))
-                x = x + walk.apply(parent, block.o, heads)
+                seen[block.head_space].update(x=walk.rows(heads, real))
+                total = x + walk.written(parent, block, "o", heads)
+                x = walk.landed(parent, block, block.attention_norm, total)
                 units, out = walk.mlp(parent, block, x)
-                seen[block.mlp_space].update(x=walk.rows(units))
-                x = x + out
-                centred = walk.rows(x) - walk.rows(x).mean(1, keepdim=True)
+                seen[block.mlp_space].update(x=walk.rows(units, real))
+                x = walk.landed(parent, block, block.mlp_norm, x + out)
+                centred = walk.rows(x, real)
+                if layout.norm_order == "pre":  # what reads the stream sees no more of it
+                    centred = centred - centred.mean(1, keepdim=True)
                 seen[layout.stream_space].update(x=centred / centred.norm(dim=1, keepdim=True))
     found = {layout.stream_space: seen[layout.stream_space].cov("x").diagonal()}
     for block in layout.blocks:

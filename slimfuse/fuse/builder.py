@@ -32,13 +32,15 @@ from slimfuse.fuse.layers import (
     share_of,
     total,
 )
+from slimfuse.fuse.output import fit_output
 from slimfuse.fuse.post_norm import PostNorm
-from slimfuse.fuse.readout import fit_head, fit_pooler
+from slimfuse.fuse.readout import fit_head, fit_pooler, fit_unread
 from slimfuse.fuse.running import Running
 from slimfuse.fuse.tables import slices
 from slimfuse.fuse.union import Member, Union
 from slimfuse.fuse.vocabulary import fit_vocabulary
 from slimfuse.fuse.walk import flat, rows
+from slimfuse.fuse.words import fit_words
 from slimfuse.moments import Moments, precision
 from slimfuse.spaces import AxisMap, LinearMap, Role, transform
 
@@ -108,6 +110,7 @@ class Builder:
         self.sums = PostNorm(union, self.run, target, mixes, norms_stay=self.norms_stay)
         self.dtype = next(target.parameters()).dtype
         self.rotation: Tensor | None = None  # of the stream, once the head is fitted
+        self.kind = ""  # of the attention that is being built
         self.parts: list[Part] = []
         self.stream_errors: list[float] = []
 
@@ -124,15 +127,19 @@ class Builder:
         if self.layout.embed_norm:  # what the parents' sums are divided by comes first
             batches = list(batches)
             self.run.start_parents(batches)
-            self.sums.aim(self.layout.embed_norm)
+            self.sums.aim(self.layout.embed_norm, means=self.layout.tied)
         if self.union.rms:  # the parents' gains go into the readers
             for path in self._norms():
                 self.target.get_parameter(f"{path}.weight").fill_(1)
         for name in self.layout.embed_parameters:
             own = self.target.get_parameter(name)
+            names, gains = [name] * len(everyone), None
+            if name == self.layout.embed_parameters[0]:
+                scales = [layout.embed_scale for layout in self.union.layouts]
+                scales = [scale / self.layout.embed_scale for scale in scales]
+                gains = list(torch.tensor(scales, dtype=torch.float64)[:, None])
             for part in self._parts(name):
-                names = [name] * len(everyone)
-                own[part] = self._transported(everyone, names, part=part)
+                own[part] = self._transported(everyone, names, part=part, gains=gains)
         if self.layout.embed_norm:
             self.run.start_sums(batches)
             self.sums.settle(self.layout.embed_norm, 0)
@@ -142,6 +149,7 @@ class Builder:
     def attention(self, index: int) -> None:
         """Build a block's attention."""
         block, union, members = self.layout.blocks[index], self.union, self.union.members(index)
+        self.kind = block.kind
         shifted = self.layout.norm == "layer" and not self._biased(block.q)
         if shifted and not self.norms_stay:
             assert not union.post_norm, "only a norm's shift stands for a reader's bias"
@@ -182,9 +190,16 @@ class Builder:
         self.run.forget(members, "m")
         fit_writer(self, index, "down", members, choice, units)
 
-    def head(self, goals: Goals) -> None:
-        """Fit the head, and the pooler before it, to what `goals` makes of the parents' logits."""
-        if self.layout.readout == "all":
+    def head(self, goals: Goals | None) -> None:
+        """Fit the head, and the pooler before it, to what `goals` makes of the parents' logits.
+
+        Without a head (goals None) what the model gives is fitted, see `fit_output`.
+        """
+        if goals is None:
+            fit_output(self)
+        elif self.layout.transform is not None:
+            fit_words(self, goals)
+        elif self.layout.readout == "all":
             fit_vocabulary(self, goals)
         else:
             fit_head(self, goals)
@@ -195,7 +210,7 @@ class Builder:
         out = self.union.outputs(self.mixes, members, "o")
         heads = self.atlas.spaces[self.layout.blocks[0].head_space].size
         if self.union.whole_heads:
-            return choose_groups(self.union, members, cov, out, heads, self.settings)
+            return choose_groups(self.union, members, cov, out, heads, self.settings, self.kind)
         return choose_heads(
             self.union, members, cov, out, scores, heads, self.head_dims, self.settings
         )
@@ -206,14 +221,17 @@ class Builder:
             self.union, members, cov, out, self.shape.intermediate_size, self.settings
         )
 
-    def _choose_pooled(self, cov: Tensor, out: Tensor) -> Tensor:
+    def _choose_pooled(self, cov: Tensor, out: Tensor, count: int) -> Tensor:
         """Return what every pooled unit gives to the target's (Σ n, m); out: to the logits."""
         singles = list(torch.arange(len(cov))[:, None])
-        kept = keep(self.settings.units, cov, out, singles, self.shape.hidden_size)
+        kept = keep(self.settings.units, cov, out, singles, count)
         return torch.eye(len(cov), dtype=torch.float64)[:, kept]
 
     def _fit_pooler(self, goals: Goals) -> list[Tensor]:
         return fit_pooler(self, goals)
+
+    def _fit_unread(self) -> None:
+        fit_unread(self)
 
     def _held(self, _name: str, transported: Callable[[], Tensor]) -> Held:
         return transported(), None
@@ -282,14 +300,17 @@ class Builder:
         names: Sequence[str],
         others: Sequence[Mapping[str, AxisMap]] | None = None,
         part: slice | None = None,
+        gains: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Return the sum of one parameter of each member, written to what the target's is added to.
 
-        others: maps of what is read; part: of the first axis, where that is fixed.
+        others: maps of what is read; part: of the first axis, where that is fixed; gains: (d_p,)
+        or () each, which the parameter is multiplied by before.
         """
         moved = []
         for i, (member, name) in enumerate(zip(members, names, strict=True)):
             write = (self.sums.writes or self.mixes)[member.parent].T
+            write = write if gains is None else gains[i][..., None] * write
             maps: dict[str, AxisMap] = {self.layout.stream_space: LinearMap(write, write)}
             maps |= {} if others is None else others[i]
             state, atlas = self.union.states[member.parent], self.union.atlases[member.parent]

@@ -38,6 +38,14 @@ def canonical(model: nn.Module, family: Family) -> State:
     """
     layout, atlas = family.layout(model.config), family.atlas(model.config)
     check_symmetry(model, layout)
+    if not layout.head:
+        raise ParentError(
+            "the stream of a model without a head can't be turned: it is what the model gives",
+            where=layout.final_norm,
+            got="no head",
+            allowed="models with a head that reads the last norm",
+            hint="use the refit instead, which needs no gauge",
+        )
     found = dict(model.state_dict())
     state = {name: found[name].detach().cpu().double().clone() for name in atlas.axes}
     project = centring(atlas.spaces[layout.stream_space].size)
@@ -86,6 +94,13 @@ def check_symmetry(model: nn.Module, layout: Layout) -> None:
             where=layout.blocks[0].attention_norm,
             got="post-norm",
             allowed="pre-norm models with LayerNorm, gain and shift",
+            hint="use the refit instead, which needs no gauge",
+        )
+    if layout.tied:
+        raise ParentError(
+            "the gauge of a head that is the embeddings' table isn't known",
+            where=layout.head,
+            got="tied",
             hint="use the refit instead, which needs no gauge",
         )
     for norm, _ in norms(layout):

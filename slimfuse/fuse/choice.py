@@ -168,15 +168,24 @@ def choose_groups(
     out: Tensor,
     count: int,
     settings: Choosing,
+    kind: str = "",
 ) -> Choice:
     """Return the choice of `count` key heads, each whole and with all its query heads.
 
-    cov: of all query heads' outputs (Σ n, Σ n); out: what they write (m, Σ n).
+    cov: of all query heads' outputs (Σ n, Σ n); out: what they write (m, Σ n); kind: of the
+    target's attention. Heads of another kind see other tokens and turn by other angles: they come
+    in only where there are too few of this one.
     """
     heads = [union.atlases[m.parent].spaces[union.block(m).head_space].size for m in members]
     size = len(cov) // sum(heads)
     groups = list(torch.arange(len(cov)).split(size))
-    kept = keep(settings.units, cov, out, groups, count)
+    alike = [union.block(m).kind == kind for m, n in zip(members, heads, strict=True)
+             for _ in range(n)]  # fmt: skip
+    mine = [i for i, own in enumerate(alike) if own]
+    if len(mine) < count:
+        mine = list(range(len(groups)))
+    found = keep(settings.units, cov, out, [groups[i] for i in mine], count)
+    kept = [mine[i] for i in found]
     picks = torch.eye(sum(heads), dtype=torch.float64)[:, kept]
     parts = zip(members, picks.split(heads), strict=True)
     maps: list[Maps] = [{union.block(m).head_space: LinearMap(pick, pick)} for m, pick in parts]

@@ -22,7 +22,7 @@ PER_PASS = 256  # … or of a head that reads every token, tokens
 
 @dataclass(frozen=True)
 class Gradients:
-    """Second moments of ∂logits/∂x at the checkpoints of a parent.
+    """Second moments of ∂logits/∂x at the checkpoints of a parent; without a head see `_backward`.
 
     tokens: E|g_lt|² (checkpoints, tokens), under RMSNorm E|g_lt|²|x_lt|², of errors in proportion
     to the stream; directions, where asked for: Σ_l E[g_l g_lᵀ] (d, d), every checkpoint divided by
@@ -131,7 +131,8 @@ def _backward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the streams and ∂(s·logits)/∂x (batch, tokens, d) at every depth, s random signs.
 
-    root: as of `_head_root`, for Wᵀs in their place.
+    root: as of `_head_root`, for Wᵀs in their place. A model without a head is asked for its
+    pooled features f in the place of logits, as f / |f|: what cosine similarities are made of.
     """
     with torch.enable_grad():
         depths = []
@@ -141,9 +142,12 @@ def _backward(
             depths.append(x)
         top = walk.read_out(model, layout, depths[-1], token_mask(batch))
         if root is None:
-            logits = walk.apply(model, layout.head, top)
+            if layout.head:
+                logits = walk.apply(model, layout.head, top)
+            else:
+                logits = nn.functional.normalize(top, dim=1)
             signs = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1
-            centred = logits - logits.mean(1, keepdim=True)
+            centred = logits - logits.mean(1, keepdim=True) if layout.head else logits
             total = (centred * signs.to(logits)).sum()
         else:
             normal = torch.randn(top.shape, generator=generator, dtype=top.dtype)

@@ -54,6 +54,20 @@ class MeanLogits:
         return torch.stack(parts).sum(0)
 
 
+def mean_shares(goals: Goals) -> list[float]:
+    """Return the parents' weights in the mean of their logits; raises ParentError for other goals.
+
+    Heads over a vocabulary make no logits, so they can follow no other rule.
+    """
+    if not isinstance(goals, MeanLogits):
+        raise ParentError(
+            "heads over a vocabulary follow the mean of their parents' logits only",
+            got=type(goals).__name__,
+            hint="give parents of one vocabulary",
+        )
+    return [float(weight) for _, weight in goals.shares]
+
+
 class LabelUnion:
     """Parents that know different classes, as one classifier of all, fitted without labels.
 

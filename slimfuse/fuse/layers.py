@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from slimfuse.families import Block
 from slimfuse.fuse import walk
 from slimfuse.fuse.choice import Choice
 from slimfuse.fuse.fits import Statistics, centre, fit, spread, statistics
+from slimfuse.fuse.sandwich import Sandwich
 from slimfuse.fuse.solve import decoder
 from slimfuse.fuse.stream import centring
 from slimfuse.fuse.union import Member
@@ -178,17 +180,27 @@ def fit_writer(
 ) -> None:
     """Fit a layer that writes the stream to what is missing there: E y_after - z_before.
 
-    seen: moments of all the members' units. In a post-norm target see `post_norm`.
+    seen: moments of all the members' units. In a post-norm target see `post_norm`, where the
+    branch has a norm of its own `sandwich`.
     """
     layout, run, union = builder.layout, builder.run, builder.union
     block, cache = layout.blocks[index], run.cache
     name: str = getattr(block, part)
     intercept = builder._biased(name)
     checkpoint = 2 * index + (1 if part == "o" else 2)
+    bread = Sandwich(builder, index, part, members) if block.post(part) else None
     norm = layout.norm_at(checkpoint)
     if union.post_norm:
         builder.sums.aim(norm)
     inner = choice.push.shape[1]
+
+    def divided(units: Tensor, batch: int, places: Tensor) -> Tensor:
+        some = flat(units, places)
+        return some if bread is None else some / flat(bread.scale(batch), places)
+
+    def inputs(batch: int, places: Tensor) -> Tensor:
+        return divided(cache.get("u", batch), batch, places).double()
+
     width = builder.shape.hidden_size
     moments = builder._moments(goal=width, t=inner, y=width)
     width = sum(moments.widths.values())
@@ -201,11 +213,14 @@ def fit_writer(
         places, weights = builder.draw(checkpoint, b, width)
         y = builder._mixed(b, places)
         goal = builder._missing(b, places, y)
-        moments.update(weights, goal=goal, t=flat(units, places), y=y)
+        moments.update(weights, goal=goal, t=divided(units, b, places), y=y)
 
     def transported() -> Tensor:
         read = decoder(spread(seen, "all", intercept=intercept), choice.push)
-        parts = torch.split(read, union.units(members, "q" if part == "o" else "up"))
+        sizes = union.units(members, "q" if part == "o" else "up")
+        if bread is not None:
+            read = bread.readbacks(read, choice.push, sizes)
+        parts = torch.split(read, sizes)
         maps, names = [], []
         for member, share in zip(members, parts, strict=True):
             own = union.block(member)
@@ -213,18 +228,18 @@ def fit_writer(
             space = " ".join(s for s in spaces if s) if part == "o" else own.mlp_space
             maps.append({space: LinearMap(share, share)})
             names.append(f"{getattr(own, part)}.weight")
-        return builder._transported(members, names, maps)
-
-    def inputs(batch: int, places: Tensor) -> Tensor:
-        return rows(cache.get("u", batch), places)
+        gains = [union.post_gain(m, part) for m in members]
+        return builder._transported(members, names, maps, gains=gains)
 
     prior, bias = builder._held(name, transported)
     stats = statistics(moments, "goal", "t", intercept=intercept)
     groups = run.judges(checkpoint, width, inputs, builder._missing)
     found = fit(stats, prior, builder.settings.ridge, groups, bias)
+    if bread is not None:
+        found = replace(found, weight=bread.settle(found.weight, checkpoint))
     builder._write(name, found, index, stats.variance)
     for b in range(len(run.sizes)):
-        run.advance(name, b, cache.get("u", b))
+        run.advance(block, part, b, cache.get("u", b))
         cache.drop("u", b)
     missed = share_of(found.missed, float(spread(moments, "y", intercept=intercept).trace()))
     settled = builder.sums.settle(norm, checkpoint) if union.post_norm else missed

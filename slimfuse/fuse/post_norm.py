@@ -47,8 +47,12 @@ class PostNorm:
         self.writes: list[Tensor] = []
         """(m, d_p) each: what a parent's branch gives to the target's sum."""
 
-    def aim(self, path: str) -> None:
-        """Take the target's norm at this path as the next one; the parents have landed."""
+    def aim(self, path: str, *, means: bool = False) -> None:
+        """Take the target's norm at this path as the next one; the parents have landed.
+
+        means: whether what is written keeps its mean over channels, which the norm doesn't see and
+        a head that shares the embeddings' table does.
+        """
         states = self.union.states
         pairs = list(zip(states, self.run.left, strict=True))
         gains = [state[f"{name}.weight"].double() for state, name in pairs]
@@ -64,15 +68,21 @@ class PostNorm:
         self._shares = [float(e / sum(energies)) for e in energies]
         batches = range(len(self.run.sizes))
         real = [self.run.draw.weights(0, b) > 0 for b in batches]
-        means = [
+        seen = [
             sum(float(walk.rows(self.run.scale(p, b))[real[b]].sum()) for b in batches)
             for p in range(len(states))
         ]
-        mean = sum(share * own for share, own in zip(self._shares, means, strict=True))
+        mean = sum(share * own for share, own in zip(self._shares, seen, strict=True))
         self.writes = [
             (goal * gain) @ centring(len(gain)) * (mean / own)
-            for goal, gain, own in zip(self._goals, gains, means, strict=True)
+            for goal, gain, own in zip(self._goals, gains, seen, strict=True)
         ]
+        if means:
+            level = torch.outer(torch.ones(len(wanted)).double(), _inverse(wanted)) / len(wanted)
+            self.writes = [
+                write + level @ mix * gain * (mean / own)
+                for write, mix, gain, own in zip(self.writes, self.mixes, gains, seen, strict=True)
+            ]
 
     def goal(self, batch: int, places: Tensor) -> Tensor:
         """Return the wanted sums (r, m) of some tokens."""

@@ -33,6 +33,9 @@ class RandomFeatures(Builder):
     def _fit_pooler(self, *_: object) -> list[Tensor]:
         return []
 
+    def _fit_unread(self) -> None:
+        """Leave the layer as it is."""
+
     def _held(self, name: str, _transported: Callable[[], Tensor]) -> Held:
         module = self.target.get_submodule(name)
         assert isinstance(module.weight, Tensor)

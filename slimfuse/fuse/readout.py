@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from slimfuse.families import Layout
+from slimfuse.families import Layout, Pooler
 from slimfuse.fuse import walk
 from slimfuse.fuse.fits import Groups, fit, statistics
 from slimfuse.fuse.labels import Goals
@@ -65,33 +66,58 @@ def fit_pooler(builder: Builder, goals: Goals) -> list[Tensor]:
 
     Returns how each parent's pooled units are read from the target's (d_p, m).
     """
-    layout, union, run = builder.layout, builder.union, builder.run
+    layout, union = builder.layout, builder.union
     assert layout.pooler is not None
-    dense, head = f"{layout.pooler.dense}.weight", f"{layout.head}.weight"
+    head = f"{layout.head}.weight"
+    sizes = [state[head].shape[1] for state in union.states]
+    out = torch.zeros(len(builder.target.get_parameter(head)), sum(sizes), dtype=torch.float64)
+    columns = torch.arange(sum(sizes)).split(sizes)
+    for (places, weight), state, own in zip(goals.shares, union.states, columns, strict=True):
+        out[places[:, None], own] += weight * state[head].double()
+    return _fit_pooled(builder, layout, layout.pooler, out)
+
+
+def fit_unread(builder: Builder) -> None:
+    """Fit the pooler that nothing reads to those of the parents' units that explain the rest."""
+    layout, union = builder.layout, builder.union
+    assert layout.unread is not None
+    units = sum(len(state[f"{layout.unread.dense}.weight"]) for state in union.states)
+    first = replace(layout, readout=0)
+    _fit_pooled(builder, first, layout.unread, torch.eye(units, dtype=torch.float64))
+
+
+def _fit_pooled(builder: Builder, layout: Layout, pooler: Pooler, out: Tensor) -> list[Tensor]:
+    """Fit a pooler to the parents' units that explain what they give by `out` (k, Σ n) best."""
+    union, run = builder.union, builder.run
+    dense = f"{pooler.dense}.weight"
     sizes = [len(state[dense]) for state in union.states]
     sites = {f"n{p}": width for p, width in enumerate(union.widths)}
     units = builder._moments(all=sum(sizes))
     read = builder._moments(**sites, t=builder.shape.hidden_size)
     inputs, wanted = [], []
     for b in range(len(run.sizes)):
-        seen = [walk.pooled(layout, x, run.masks[b]) for x in run.streams(b)]
+        models = [*(p.model for p in union.parents), builder.target]
+        streams = [*run.streams(b), run.stream(b)]
+        *seen, own = (
+            walk.pooled(layout, walk.last_normed(model, layout, x), run.masks[b])
+            for model, x in zip(models, streams, strict=True)
+        )
         pairs = zip(union.parents, seen, strict=True)
-        raw = torch.cat([walk.apply(p.model, layout.pooler.dense, x) for p, x in pairs], dim=1)
-        inputs.append(walk.pooled(layout, run.stream(b), run.masks[b]).double())
+        raw = torch.cat([walk.apply(p.model, pooler.dense, x) for p, x in pairs], dim=1)
+        inputs.append(own.double())
         wanted.append(raw.double())
-        units.update(all=layout.pooler.activation(raw))
+        units.update(all=pooler.activation(raw))
         read.update(t=inputs[-1], **dict(zip(sites, seen, strict=True)))
     cov = units.cov("all")
-    out = torch.zeros(len(builder.target.get_parameter(head)), sum(sizes), dtype=torch.float64)
-    columns = torch.arange(sum(sizes)).split(sizes)
-    for (places, weight), state, own in zip(goals.shares, union.states, columns, strict=True):
-        out[places[:, None], own] += weight * state[head].double()
-    push = builder._choose_pooled(cov, out)
+    push = builder._choose_pooled(cov, out, len(builder.target.get_parameter(dense)))
 
     def prior() -> Tensor:
-        ones = [torch.ones(width, dtype=torch.float64) for width in union.widths]
+        gains = [
+            head_gain(state, layout, width)
+            for state, width in zip(union.states, union.widths, strict=True)
+        ]
         moved = [
-            state[dense].double() @ builder._readback(read, p, p, ones[p])
+            state[dense].double() @ builder._readback(read, p, p, gains[p])
             for p, state in enumerate(union.states)
         ]
         return push.T @ torch.cat(moved)
@@ -99,11 +125,11 @@ def fit_pooler(builder: Builder, goals: Goals) -> list[Tensor]:
     both = builder._moments(goal=push.shape[1], t=builder.shape.hidden_size)
     goal = torch.cat(wanted) @ push
     both.update(goal=goal, t=torch.cat(inputs))
-    weight, bias = builder._held(layout.pooler.dense, prior)
+    weight, bias = builder._held(pooler.dense, prior)
     stats = statistics(both, "goal", "t")
     groups = _singles(torch.cat(inputs), goal)
     found = fit(stats, weight, builder.settings.ridge, groups, bias)
-    builder._write(layout.pooler.dense, found, len(layout.blocks), stats.variance)
+    builder._write(pooler.dense, found, len(layout.blocks), stats.variance)
     return list(torch.split(decoder(cov, push), sizes))
 
 

@@ -30,6 +30,7 @@ from slimfuse.fuse.importance import TOKENS, gradients, token_weights
 from slimfuse.fuse.labels import Goals, MeanLogits
 from slimfuse.fuse.memory import hold_steady
 from slimfuse.fuse.random_features import RandomFeatures
+from slimfuse.fuse.sandwich import upright
 from slimfuse.fuse.stream import EXACT, Consensus, StreamMap, StreamMethod, consensus, stream_map
 from slimfuse.fuse.union import Parent, Union
 from slimfuse.progress import track
@@ -85,15 +86,16 @@ def refit(
 
     parents: models of one family, any widths and depths; the first is the anchor. batches: gives
     the same unlabelled inputs (batch, …) each time it is called. goals: what the head shall
-    give, from the parents' logits (default: their weighted mean). random_features: the control
-    that keeps the target's own embeddings, queries, keys, values and MLP inputs as they were
-    initialised and fits only what writes to the stream, and the head. scratch: folder for streams
-    that don't fit into memory. Moments are float64, forward
-    passes run in the models' own dtype. Source: fusion.md §3-5.
+    give, from the parents' logits (default: their weighted mean); none where there is no head.
+    random_features: the control that keeps the target's own embeddings, queries, keys, values and
+    MLP inputs as they were initialised and fits only what writes to the stream, and the head.
+    scratch: folder for streams that don't fit into memory. Moments are float64, forward passes
+    run in the models' own dtype. Source: fusion.md §3-5.
     """
     own = family.layout(target.config)
-    head = target.get_parameter(f"{own.head}.weight")
-    goals = goals if goals is not None else MeanLogits([p.weight for p in parents], len(head))
+    if goals is None and own.head:
+        head = target.get_parameter(f"{own.head}.weight")
+        goals = MeanLogits([p.weight for p in parents], len(head))
     layouts = [family.layout(p.model.config) for p in parents]
     depth = len(own.blocks)
     hold_steady()
@@ -125,6 +127,8 @@ def refit(
             common.second, width, settings.stream, solver=settings.solver, metric=metric,
             norm=own.norm,
         )  # fmt: skip
+        if own.blocks[0].attention_post:
+            narrow = upright(narrow)
         kind = RandomFeatures if random_features else Builder
         builder = kind(
             union, target, family, cache, settings, Draw(importance, rows),

@@ -50,7 +50,9 @@ def repair(
     shares = [r.weight / total for r in references]
     layouts = [family.layout(r.model.config) for r in references]
     depth = len(layouts[0].blocks)
-    head = model.get_parameter(f"{layouts[0].head}.weight")
+    if goals is None and layouts[0].head:
+        head = model.get_parameter(f"{layouts[0].head}.weight")
+        goals = MeanLogits(shares, len(head))
     hold_steady()
     with torch.no_grad(), StreamCache(folder=scratch) as cache:
         segments = tuple(range(i, i + 1) for i in range(depth))
@@ -68,7 +70,7 @@ def repair(
         )  # fmt: skip
         builder.run.start(batches())
         build_blocks(builder, depth)
-        builder.head(goals or MeanLogits(shares, len(head)))
+        builder.head(goals)
     return tuple(builder.parts)
 
 
@@ -98,7 +100,7 @@ class _Repair(Builder):
         each = torch.eye(units // len(members), dtype=torch.float64)
         return Choice(maps, torch.cat([w * each for w in weights]), ())
 
-    def _choose_pooled(self, cov: Tensor, out: Tensor) -> Tensor:
+    def _choose_pooled(self, cov: Tensor, out: Tensor, count: int) -> Tensor:
         each = torch.eye(len(cov) // len(self.mixes), dtype=torch.float64)
         return torch.cat([mix[0, 0] * each for mix in self.mixes])
 

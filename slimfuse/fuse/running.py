@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimfuse.batch import Inputs
-from slimfuse.families import Layout
+from slimfuse.families import Block, Layout
 from slimfuse.fuse import walk
 from slimfuse.fuse.cache import StreamCache
 from slimfuse.fuse.fits import Draw, Groups, Weighing, sequences
@@ -25,7 +25,8 @@ class Running:
     """The streams of all parents (x0, x1, …) and of the target (z), one batch in memory at a time.
 
     Within a block also what member k reads: i{k} before its attention, m{k} before its MLP. Of
-    post-norm parents also what the last norm divided by: s0, s1, ….
+    post-norm parents also what the last norm divided by: s0, s1, …; in a sandwich d{k}, see
+    `divisor`.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Running:
             told = self.calls[batch][member.parent][member.layer]
             heads, total = self.union.attention(member, x, told)
             mid = self.union.landed(member, "attention_norm", total)
-            outputs.append(heads)
+            outputs.append(self._divided(k, member, "o", heads, batch))
             self.cache.put(f"i{k}", batch, x)
             self.cache.put(f"m{k}", batch, mid)
             goals[member.parent] = goals[member.parent] + (total - x)
@@ -129,7 +130,7 @@ class Running:
         for k, member in enumerate(members):
             mid = self.cache.get(f"m{k}", batch)
             units, total = self.union.mlp(member, mid)
-            activations.append(units)
+            activations.append(self._divided(k, member, "down", units, batch))
             sums[member.parent] = sums[member.parent] + (total - mid)
             if _last(members, k):
                 self._note(member, "mlp_norm", sums[member.parent], batch)
@@ -159,12 +160,16 @@ class Running:
         """Return what the target's head reads (n, m)."""
         return walk.read_out(self.target, self.layout, self.stream(batch), self.masks[batch])
 
-    def advance(self, name: str, batch: int, branch: Tensor) -> None:
-        """Add what the layer `name` makes of its input to the target's stream.
+    def divisor(self, k: int, batch: int) -> Tensor:
+        """Return what the norm of member k's last branch divided by (batch, tokens, 1)."""
+        return self.cache.get(f"d{k}", batch)
+
+    def advance(self, block: Block, part: str, batch: int, units: Tensor) -> None:
+        """Add what a part (o or down) of the target's block makes of its units to the stream.
 
         A post-norm target's sum takes the stream's place until its norm is known (`post_norm`).
         """
-        out = walk.apply(self.target, name, branch)
+        out = walk.written(self.target, block, part, units)
         self.cache.put("z", batch, self.stream(batch) + out)
 
     def forget(self, members: Sequence[Member], name: str) -> None:
@@ -193,6 +198,17 @@ class Running:
         if self.union.rms:
             sizes = [x.double().square().mean(-1) for x in self.streams(batch)]
             self.draw.tell(batch, torch.stack(sizes).mean(0))
+
+    def _divided(self, k: int, member: Member, part: str, units: Tensor, batch: int) -> Tensor:
+        """Return units divided as a norm behind their branch divides it, see `sandwich`."""
+        block, model = self.union.block(member), self.union.parents[member.parent].model
+        norm = block.post(part)
+        if not norm:
+            return units
+        out = walk.apply(model, getattr(block, part), units)
+        scale = walk.root_mean_square(model.get_submodule(norm), out)
+        self.cache.put(f"d{k}", batch, scale)
+        return units / scale
 
     def _note(self, member: Member, norm: str, total: Tensor, batch: int) -> None:
         """Keep what a post-norm member's norm divides the sum with all branches so far by."""

@@ -142,7 +142,7 @@ def _check(parents: Sequence[Parent], anchor: nn.Module, target: nn.Module, fami
     lines += [
         f"labels: anchor has {_labels(base.id2label)}, {name} has {_labels(config.id2label)}"
         for name, config in configs.items()
-        if config.id2label != base.id2label
+        if family.layout(base).head and config.id2label != base.id2label
     ]
     if lines:
         raise ParentError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimfuse.batch import Inputs
+from slimfuse.errors import ParentError
 from slimfuse.families import Block, Family
 from slimfuse.fuse.cache import StreamCache
 from slimfuse.fuse.plans import unsolvable
@@ -80,8 +81,16 @@ class Move:
         for layer, block in enumerate(self.layout.blocks):
             self._attention(layer, block)
             self._mlp(layer, block)
-        self._place([self.layout.final_norm, self.layout.head], {})
-        assert self.moved.keys() == self.atlases[0].axes.keys(), "every parameter moves once"
+        unread = [self.layout.unread.dense] if self.layout.unread else []
+        self._place([self.layout.final_norm, self.layout.head, *unread], {})
+        left = self.atlases[0].axes.keys() - self.moved.keys()
+        if left:
+            raise ParentError(
+                "transport to an anchor doesn't know all parameters of the class",
+                where=f"parents.{self.name}",
+                got=", ".join(sorted(left)[:5]),
+                hint="use the refit (slimfuse.fuse.refit)",
+            )
         return self.moved
 
     # -- the sublayers ----------------------------------------------------------------------

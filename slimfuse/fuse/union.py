@@ -102,8 +102,14 @@ class Union:
         return self.states[member.parent][f"{name}.weight"].double()
 
     def outputs(self, mixes: Sequence[Tensor], members: Sequence[Member], part: str) -> Tensor:
-        """Return what all units of the members write to the target's stream (m, Σ n)."""
-        return torch.cat([mixes[m.parent] @ self.weight(m, part) for m in members], dim=1)
+        """Return what all units of the members write to the target's stream (m, Σ n).
+
+        In a sandwich units count as divided by what the branch's norm divides by, see `Sandwich`.
+        """
+        return torch.cat(
+            [mixes[m.parent] * self.post_gain(m, part) @ self.weight(m, part) for m in members],
+            dim=1,
+        )
 
     def units(self, members: Sequence[Member], part: str) -> list[int]:
         """Return how many units each member has in a part."""
@@ -181,6 +187,13 @@ class Union:
         name: str = getattr(self.block(member), norm)
         return self.states[member.parent][f"{name}.weight"]
 
+    def post_gain(self, member: Member, part: str) -> Tensor:
+        """Return the gain (d_p,) of what a part (o or down) writes, ones without a norm of it."""
+        norm = self.block(member).post(part)
+        if not norm:
+            return torch.ones(self.widths[member.parent], dtype=torch.float64)
+        return self.states[member.parent][f"{norm}.weight"].double()
+
     def landed(self, member: Member, norm: str, total: Tensor) -> Tensor:
         """Return the stream that the sum with one of the member's branches becomes."""
         block = self.block(member)
@@ -191,7 +204,7 @@ class Union:
         """Return the heads' outputs and the sum of the stream and the branch."""
         model, block = self.parents[member.parent].model, self.block(member)
         heads = walk.attend(model, block, stream, told)
-        return heads, stream + walk.apply(model, block.o, heads)
+        return heads, stream + walk.written(model, block, "o", heads)
 
     def mlp(self, member: Member, stream: Tensor) -> tuple[Tensor, Tensor]:
         """Return the MLP's activations and the sum of the stream and the branch."""

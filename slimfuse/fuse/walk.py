@@ -117,6 +117,12 @@ def norm_scale(norm: nn.Module, total: Tensor) -> Tensor:
     return (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
 
 
+def root_mean_square(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return √(mean square of channels + ε) (…, 1): what an RMSNorm divides by."""
+    assert isinstance(norm.eps, float), f"{type(norm).__name__} tells no epsilon"
+    return (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+
+
 def attend(model: nn.Module, block: Block, stream: Tensor, told: Call) -> Tensor:
     """Return the heads' outputs (batch, tokens, heads·units), before the output projection."""
     caught: list[Tensor] = []
@@ -144,8 +150,9 @@ def apply(model: nn.Module, path: str, x: Tensor) -> Tensor:
 def pooled(layout: Layout, x: Tensor, mask: Tensor | None) -> Tensor:
     """Return the rows (n, d) of a stream (batch, tokens, d) that the head reads.
 
-    A number is a token's place; last: each sequence's last real token; mean: over its real tokens;
-    all: every real token is a row; first+mean: the first token beside the mean of the others.
+    A number is a token's place; last: each sequence's last real token; mean: over its real tokens
+    behind the layout's prefix; all: every real token is a row; first+mean: the first token beside
+    the mean of the others.
     """
     if isinstance(layout.readout, int):
         return x[:, layout.readout]
@@ -159,7 +166,7 @@ def pooled(layout: Layout, x: Tensor, mask: Tensor | None) -> Tensor:
     if layout.readout == "first+mean":
         others = pooled(replace(layout, readout="mean"), x[:, 1:], mask[:, 1:])
         return torch.cat([x[:, 0], others], dim=1)
-    share = mask.to(x.dtype)
+    x, share = x[:, layout.prefix :], mask[:, layout.prefix :].to(x.dtype)
     mean: Tensor = (share[:, :, None] * x).sum(1) / share.sum(1, keepdim=True)
     return mean
 
@@ -167,12 +174,21 @@ def pooled(layout: Layout, x: Tensor, mask: Tensor | None) -> Tensor:
 def read_out(
     model: nn.Module, layout: Layout, stream: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """Return what the head reads (n, …): `pooled` rows behind final norm or pooler."""
+    """Return what the head reads (n, …): `pooled` rows behind final norm, pooler or transform."""
+    if layout.transform is not None:
+        dense = apply(model, layout.transform.dense, pooled(layout, stream, mask))
+        return apply(model, layout.transform.norm, layout.transform.activation(dense))
     if layout.pooler is not None:
         dense = apply(model, layout.pooler.dense, pooled(layout, stream, mask))
         return layout.pooler.activation(dense)
-    normed = apply(model, layout.final_norm, stream) if layout.final_norm else stream
-    return pooled(layout, normed, mask)
+    if layout.pool_first:
+        return apply(model, layout.final_norm, pooled(layout, stream, mask))
+    return pooled(layout, last_normed(model, layout, stream), mask)
+
+
+def last_normed(model: nn.Module, layout: Layout, stream: Tensor) -> Tensor:
+    """Return the last stream behind the final norm, where there is one: the last hidden state."""
+    return apply(model, layout.final_norm, stream) if layout.final_norm else stream
 
 
 def streams(model: nn.Module, layout: Layout, inputs: Inputs) -> Iterator[Tensor]:
@@ -186,10 +202,16 @@ def streams_from(model: nn.Module, layout: Layout, begun: Start) -> Iterator[Ten
     yield x
     for block, told in zip(layout.blocks, begun.calls, strict=True):
         heads = attend(model, block, x, told)
-        x = landed(model, block, block.attention_norm, x + apply(model, block.o, heads))
+        x = landed(model, block, block.attention_norm, x + written(model, block, "o", heads))
         yield x
         x = landed(model, block, block.mlp_norm, x + mlp(model, block, x)[1])
         yield x
+
+
+def written(model: nn.Module, block: Block, part: str, units: Tensor) -> Tensor:
+    """Return what a part (o or down) makes of its units, behind the branch's own norm, if any."""
+    out, norm = apply(model, getattr(block, part), units), block.post(part)
+    return apply(model, norm, out) if norm else out
 
 
 def mlp(model: nn.Module, block: Block, stream: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,10 +219,10 @@ def mlp(model: nn.Module, block: Block, stream: Tensor) -> tuple[Tensor, Tensor]
     seen = reading(model, block, block.mlp_norm, stream)
     if not block.down.startswith(f"{block.mlp}."):
         units = apply(model, block.mlp, seen)
-        return units, apply(model, block.down, units)
+        return units, written(model, block, "down", units)
     with watch(model, units=block.down) as caught:
         out = apply(model, block.mlp, seen)
-    return caught["units"], out
+    return caught["units"], apply(model, block.mlp_post, out) if block.mlp_post else out
 
 
 def flat(x: Tensor, places: Tensor | None = None) -> Tensor:

@@ -116,7 +116,8 @@ def check_teachers(recipe: Recipe, teachers: Sequence[ParentJob], target: Any) -
 
 
 def _check_cover(where: str, what: str, parents: Sequence[ParentJob], target: Any) -> None:
-    missing = set(range(target.num_labels)) - {i for p in parents for i in p.places}
+    known = {i for p in parents for i in p.places}
+    missing = set(range(target.num_labels)) - known if known else set()
     if missing:
         raise ParentError(
             f"{what} needs parents that know all of the data's classes together",
@@ -173,7 +174,7 @@ def _check_copy(
 
 
 def _whole(parent: ParentJob, target: Any) -> bool:
-    return tuple(parent.places) == tuple(range(target.num_labels))
+    return not parent.places or tuple(parent.places) == tuple(range(target.num_labels))
 
 
 def _classes(parent: ParentJob, target: Any) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
 from slimfuse.batch import Batch
-from slimfuse.data import DataSet
+from slimfuse.data import DataSet, Split
 from slimfuse.families import Family
 from slimfuse.finetune.loop import Precision
+from slimfuse.pipeline.licences import Licences, licences
 from slimfuse.recipe import AnyRecipe, TrainConfig, Training
-from slimfuse.tasks import Task
+from slimfuse.tasks import Samples, Task
 
+Part = Literal["train", "test"]
 LIBRARIES = (
     "torch", "transformers", "accelerate", "safetensors", "numpy", "pillow", "POT", "scikit-learn",
 )  # fmt: skip
@@ -25,7 +27,7 @@ LIBRARIES = (
 class Kind(Protocol):
     """A kind of models: how they are made, opened and described.
 
-    A model takes a `Batch`'s arguments, returns `.logits` and has `config`.
+    A model takes a `Batch`'s arguments, returns its task's `output` and has `config`.
     """
 
     def build(self, config: Any, *, attention: str = "sdpa") -> nn.Module:
@@ -40,6 +42,9 @@ class Kind(Protocol):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write config.json and model.safetensors."""
 
+    def stock_form(self, model: nn.Module) -> nn.Module:
+        """Return the model as its stock class has it, which is exported."""
+
     def shape(self, config: Any) -> Any:
         """Return the sizes of a model with this config: a dataclass that reads well as text."""
 
@@ -53,6 +58,14 @@ class Opened(Protocol):
     @property
     def data(self) -> DataSet:
         """The data set, cut to the recipe's limits."""
+
+    @property
+    def task(self) -> Task:
+        """The task as the data's labels want it."""
+
+    @property
+    def orders(self) -> Mapping[str, Mapping[int, int]]:
+        """Where models with other numbers of tokens keep each token, by the models' names."""
 
     @property
     def preprocessor(self) -> Any:
@@ -82,7 +95,9 @@ class Opened(Protocol):
 class ParentJob:
     """A parent that exists (`folder`) or is to be trained (`train`), maybe from a model in `start`.
 
-    sha256: of the weights in the folder or the start; places: of its classes among the data's.
+    sha256: of the weights in the folder or the start; places: of its classes among the data's;
+    order: where it keeps each token of the common tokenizer, None where they have its numbers;
+    origin: what the recipe says of where it, or what it starts from, is.
     """
 
     name: str
@@ -93,6 +108,8 @@ class ParentJob:
     train: Training | None
     places: tuple[int, ...]
     start: Path | None = None
+    order: Mapping[int, int] | None = None
+    origin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,21 @@ class BaseJob:
     threads: int
     precision: Precision
     opened: Opened
+    made: dict[str, Samples] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
+
+    def samples(self, part: Part) -> Samples:
+        """Return a split seen through the preprocessor, prepared once."""
+        if part not in self.made:
+            self.made[part] = self.task.samples(getattr(self.data, part), self.processor)
+        return self.made[part]
+
+    def count(self, part: Part) -> int:
+        """Return how many samples a model sees of a split: texts may be joined."""
+        return len(self.samples(part)) if self.task.joins else len(getattr(self.data, part))
+
+    def count_of(self, split: Split) -> int:
+        """Return how many samples a model sees of any split."""
+        return len(self.task.samples(split, self.processor)) if self.task.joins else len(split)
 
     @property
     def example(self) -> Batch:
@@ -127,6 +159,12 @@ class BaseJob:
         """The parents that are fused, as the recipe lists them."""
         names = self.recipe.fuse.parents
         return tuple(p for p in self.parents if names is None or p.name in names)
+
+    @property
+    def licences(self) -> Licences:
+        """The licences of what the fused model is made of; what the run trains anew has none."""
+        homes = {p.name: (p.folder or p.start, p.origin) for p in self.fused}
+        return licences({n: (home, at) for n, (home, at) in homes.items() if home is not None})
 
     @property
     def moves(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from slimfuse.errors import RecipeError, SlimfuseError, UserError
 from slimfuse.families import Shape
-from slimfuse.pipeline.common import ParentJob
+from slimfuse.pipeline.common import ParentJob, Part
 from slimfuse.pipeline.contenders import ladder
 from slimfuse.pipeline.job import Job, prepare
 from slimfuse.pipeline.run import lock_text, prepare_again, quiet, write_lock
@@ -21,27 +21,29 @@ from slimfuse.pipeline.stages import Stages
 from slimfuse.progress import console
 from slimfuse.recipe import Anchor, Located, Recipe, Train, load_located
 from slimfuse.store import Store, write_text
-from slimfuse.tasks import Samples
+from slimfuse.tasks import Evidence, Metric, Samples
 
 LEVEL = 0.95
+ACCURACY = Metric("accuracy")
+WILSON = "; Wilson's over the samples for one seed or a model that is the same with all"
 
 
 @dataclass
 class Entry:
-    """One line of the comparison: accuracies (0 … 1) by budget in steps and by seed."""
+    """One line of the comparison: figures of one metric by budget in steps and by seed."""
 
     name: str
     kind: str
-    accuracies: dict[int, dict[int, float]] = field(default_factory=dict)
+    figures: dict[int, dict[int, float]] = field(default_factory=dict)
 
     def add(self, steps: int, seed: int, value: float) -> None:
         """Add one seed's figure."""
-        self.accuracies.setdefault(steps, {})[seed] = value
+        self.figures.setdefault(steps, {})[seed] = value
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every contender's figures; own: the name of the recipe's method among them.
+    """Every contender's figures of the task's metric; own: the recipe's method among them.
 
     refused: contenders that can't be made, and why.
     """
@@ -53,6 +55,7 @@ class Comparison:
     samples: int
     entries: tuple[Entry, ...]
     refused: dict[str, str]
+    metric: Metric = ACCURACY
 
     def entry(self, name: str) -> Entry:
         """Return the line of this name, an empty one where it was refused."""
@@ -85,6 +88,7 @@ def compare(
     refused: dict[str, str] = {}
     budgets: tuple[int, ...] = ()
     samples = 0
+    metric = ACCURACY
     shape: Shape | None = None
     for seed in seeds:
         loaded = load_located(path, _for_seed(overrides, seed))
@@ -99,14 +103,14 @@ def compare(
             raise
         shape = job.proposal.shape
         budgets = tuple(sorted({0, *(steps if steps is not None else (_steps(job),))}))
-        samples = len(job.data.test)
+        samples, metric = job.count("test"), job.task.metric
         torch.set_num_threads(job.threads)
         with store.lock():
             write_lock(lock_text(job), store)
             own = _one_seed(job, seed, store, budgets, entries, refused)
         done = tuple(seeds)[: seeds.index(seed) + 1]
         listed = tuple(entries.values())
-        result = Comparison(base.name, own, done, budgets, samples, listed, refused)
+        result = Comparison(base.name, own, done, budgets, samples, listed, refused, metric)
         write_text(root / "compare.json", json.dumps(asdict(result), indent=1) + "\n")
         write_text(root / "compare.md", markdown(result))
     return result
@@ -133,21 +137,26 @@ def _one_seed(
     refused: dict[str, str],
 ) -> str:
     """Measure all contenders of one seed; return the name of the recipe's own method."""
+    metric = job.task.metric
 
     def note(name: str, kind: str, steps: int, value: float) -> None:
         entries.setdefault(name, Entry(name, kind)).add(steps, seed, value)
-        console.print(
-            f"  {name}, {steps} steps: {value:.2%}" if steps else f"  {name}: {value:.2%}"
-        )
+        told = f"{100 * value:.2f}%" if metric.share else f"{value:.4g}"
+        console.print(f"  {name}, {steps} steps: {told}" if steps else f"  {name}: {told}")
 
     stages = Stages(job, store)
-    shared: dict[str, Samples] = stages.shared
-    scores = {p.name: stages.accuracy(stages.outputs(p).test).value for p in job.parents}
+    shared: dict[Part, Samples] = stages.shared
+
+    def headline(made: Stages, evidence: Evidence) -> float:
+        return made.figures(evidence)[metric.key].value
+
+    scores = {p.name: headline(stages, stages.outputs(p).test) for p in job.parents}
     for name, value in scores.items():
         note(f"parent {name}", "parent", 0, value)
     if job.anchor is not None:
-        note("anchor", "parent", 0, stages.accuracy(stages.outputs(job.anchor).test).value)
-    best = max(job.by_width, key=lambda p: scores[p.name])
+        note("anchor", "parent", 0, headline(stages, stages.outputs(job.anchor).test))
+    fused = {p.name: scores[p.name] for p in job.by_width}
+    best = next(p for p in job.by_width if p.name == metric.best(fused))
     copy, untrained = stages.parent(best)[0].resolve(), _untrained(stages, best)
     recipe = pinned(job.recipe, job.proposal.shape)
     contenders = ladder(recipe, best.name, str(copy), str(untrained))
@@ -158,7 +167,7 @@ def _one_seed(
             for steps in budgets if contender.trains else (0,):
                 own = Stages(_trained_for(prepared, steps), store, shared)
                 stage = own.finetune("fused") if steps else own.start(contender.start)
-                value = own.accuracy(own.scores(stage)).value
+                value = headline(own, own.evidence(stage))
                 note(name, "method" if contender.trains else "control", steps, value)
         except UserError as error:
             refused[name] = error.what if error.got is None else f"{error.what} ({error.got})"
@@ -169,7 +178,7 @@ def _one_seed(
 
 def _trained_for(job: Job, steps: int) -> Job:
     spec = job.recipe.finetune
-    epochs = steps / math.ceil(len(job.data.train) / spec.batch_size)
+    epochs = steps / math.ceil(job.count("train") / spec.batch_size)
     finetune = spec.model_copy(update={"epochs": epochs})
     return replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
 
@@ -181,8 +190,7 @@ def _untrained(stages: Stages, parent: ParentJob) -> Path:
 
     def build(folder: Path) -> None:
         torch.manual_seed(seed)
-        job.family.build(parent.config).save_pretrained(folder)  # type: ignore[operator]
-        job.processor.save_pretrained(folder)
+        stages.save(job.family.build(parent.config), folder)
 
     inputs = stages.base | {"untrained": stages.parent(parent)[1], "seed": seed}
     return stages.store.stage("untrained", inputs, build).path.resolve()
@@ -192,7 +200,7 @@ def _steps(job: Job) -> int:
     from slimfuse.finetune.loop import steps_of
 
     spec = job.recipe.finetune
-    return steps_of(len(job.data.train), spec.epochs, spec.batch_size)
+    return steps_of(job.count("train"), spec.epochs, spec.batch_size)
 
 
 def _for_seed(overrides: Sequence[str], seed: int) -> tuple[str, ...]:
@@ -225,10 +233,15 @@ def _seeded(recipe: Recipe, seed: int) -> Recipe:
 
 
 def interval(values: Sequence[float], samples: int) -> tuple[float, float, float]:
-    """Return mean, low and high (95 %): Student's t over seeds, Wilson's of a single seed."""
+    """Return mean, low and high (95 %): Student's t over seeds, Wilson's of a single seed.
+
+    samples: of a share of right answers; 0 of another figure, of which one seed has no interval.
+    """
     from scipy.stats import binomtest, t
 
     mean = sum(values) / len(values)
+    if not samples and len(values) == 1:
+        return mean, mean, mean
     if samples and len(set(values)) == 1:  # one seed, or a model that no seed changes
         found = binomtest(round(mean * samples), samples).proportion_ci(method="wilson")
         return mean, float(found.low), float(found.high)
@@ -252,9 +265,9 @@ def markdown(result: Comparison) -> str:
     lines = [
         f"# {result.name}: methods and controls at equal budgets",
         "",
-        f"Accuracy in %, {result.samples:,} test samples, seeds {', '.join(map(str, result.seeds))}"
-        "; ± is half the 95 % interval over seeds (Student's t, wide for few seeds; Wilson's over "
-        "the samples for one seed or a model that is the same with all). Behind, "
+        f"{_title(result.metric)}, {result.samples:,} test samples, seeds "
+        f"{', '.join(map(str, result.seeds))}; ± is half the 95 % interval over seeds (Student's "
+        f"t, wide for few seeds{WILSON if result.metric.key == 'accuracy' else ''}). Behind, "
         f"the lead of `{first.name}`, paired by seed. The best parent is the best on the test set, "
         "which favours the methods that start from it alone.",
         "",
@@ -262,13 +275,13 @@ def markdown(result: Comparison) -> str:
         f"| --- |{' --- |' * len(heads)}",
     ]
     for entry in result.entries:
-        cells = [_cell(entry, first, b, result.samples) for b in result.budgets]
+        cells = [_cell(entry, first, b, result) for b in result.budgets]
         lines.append(f"| {entry.name} | {' | '.join(cells)} |")
     lines += ["", "Per seed:", ""]
     for entry in result.entries:
         each = "; ".join(
-            f"{b} steps: " + ", ".join(f"{100 * v:.2f}" for v in values.values())
-            for b, values in entry.accuracies.items()
+            f"{b} steps: " + ", ".join(_number(v, result.metric) for v in values.values())
+            for b, values in entry.figures.items()
         )
         lines.append(f"- {entry.name}: {each}")
     if result.refused:
@@ -277,13 +290,24 @@ def markdown(result: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(entry: Entry, first: Entry, budget: int, samples: int) -> str:
-    values = entry.accuracies.get(budget)
+def _title(metric: Metric) -> str:
+    name = metric.key.replace("_", " ").capitalize()
+    return f"{name} in %" if metric.share else name
+
+
+def _number(value: float, metric: Metric) -> str:
+    return f"{100 * value:.2f}" if metric.share else f"{value:.4g}"
+
+
+def _cell(entry: Entry, first: Entry, budget: int, result: Comparison) -> str:
+    values, metric = entry.figures.get(budget), result.metric
     if not values:
         return ""
+    samples = result.samples if metric.key == "accuracy" else 0
     mean, low, high = interval(list(values.values()), samples)
-    text = f"{100 * mean:.2f} ± {50 * (high - low):.2f}"
-    ahead = None if entry is first else lead(first.accuracies.get(budget, {}), values)
+    text = f"{_number(mean, metric)} ± {_number((high - low) / 2, metric)}"
+    ahead = None if entry is first else lead(first.figures.get(budget, {}), values)
     if ahead is not None:
-        text += f" ({100 * ahead[0]:+.2f}, {100 * ahead[1]:+.2f} … {100 * ahead[2]:+.2f})"
+        own, least, most = (("+" if v >= 0 else "") + _number(v, metric) for v in ahead)
+        text += f" ({own}, {least} … {most})"
     return text

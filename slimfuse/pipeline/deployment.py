@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from slimfuse_export import CheckFailed as ExportCheckFailed
@@ -25,12 +24,13 @@ from slimfuse_export import (
 )
 from torch import Tensor
 
-from slimfuse.batch import arrays, call
+from slimfuse.batch import Batch, arrays, call
 from slimfuse.errors import CheckFailed
 from slimfuse.onnx import export_onnx
-from slimfuse.pipeline.stages import EVALUATION_BATCH, BaseStages
+from slimfuse.pipeline.stages import ANSWERS, BaseStages
 from slimfuse.progress import track, working
 from slimfuse.store import Stage
+from slimfuse.tasks import Evidence, Task, ask
 
 PARITY_BATCHES = (1, 3, 5)  # the graph is traced with 2
 PARITY_RTOL = 1e-4
@@ -38,13 +38,13 @@ CHILDREN = ("onnx", "onnx-int8")
 SINGLE_FLOPS = 1e12  # about a minute at batch 1 on one core
 
 
-def batch_of(row: str, flops: float) -> int:
-    """Return the batch size at which an ONNX file's accuracy is measured in `flops` of work.
+def batch_of(row: str, flops: float, task: Task) -> int:
+    """Return the batch size at which an ONNX file is judged in `flops` of work.
 
-    INT8 takes its activations' scales from the batch, so it is measured one image at a time, as
+    INT8 takes its activations' scales from the batch, so it is measured one sample at a time, as
     it will be used, where that is quick. Every other file gives the same at any batch.
     """
-    return 1 if row == "onnx-int8" and flops <= SINGLE_FLOPS else EVALUATION_BATCH
+    return 1 if row == "onnx-int8" and flops <= SINGLE_FLOPS else task.batch_size
 
 
 class Deployment:
@@ -60,30 +60,34 @@ class Deployment:
 
         def build(folder: Path) -> None:
             model = self.job.family.load(model_folder, attention="eager")
-            samples = self.stages.samples("test")
+            samples, task = self.stages.samples("test"), self.job.task
             count = len(samples)
-            example = samples[torch.arange(2) % count]
+            example = task.examples(samples, torch.arange(2) % count)[0]
             with working(f"exporting {name} to ONNX"):
-                export_onnx(model, example, folder / "model.onnx", opset=opset)
+                export_onnx(
+                    self.job.family.stock_form(model), example, folder / "model.onnx",
+                    opset=opset, output=task.output,
+                )  # fmt: skip
             cases, gaps = [], []
             for batch in PARITY_BATCHES:
-                inputs = samples[torch.arange(batch) % count]
+                inputs = task.excerpt(task.examples(samples, torch.arange(batch) % count)[0])
                 with torch.no_grad():
-                    want = call(model, inputs).logits.numpy()
+                    want = getattr(call(model, inputs), task.output).numpy()
                 given = arrays(inputs)
                 try:
                     gaps.append(
                         check_parity(
                             folder / "model.onnx", given, want,
                             atol=atol, rtol=PARITY_RTOL, threads=self.job.threads,
+                            output=task.output,
                         ).max_abs
                     )  # fmt: skip
                 except ExportCheckFailed as error:
                     raise CheckFailed(
-                        f"the ONNX file of {name} gives other logits than torch (batch {batch})",
+                        f"the ONNX file of {name} gives other answers than torch (batch {batch})",
                         where=str(error.where), got=error.got, allowed=error.allowed,
                     ) from error  # fmt: skip
-                cases.append((given, {"logits": want}))
+                cases.append((given, {task.output: want}))
             save_reference(folder / "samples.npz", cases)
             (folder / "parity.json").write_text(json.dumps({"max_abs": max(gaps)}))
 
@@ -105,29 +109,29 @@ class Deployment:
         inputs = {"onnx": exported.key, "reduce_range": plan.reduce_range, "tools": _tools()}
         return self.store.stage("int8", inputs, build)
 
-    def scores(self, stage: Stage, file: str, saved: Path, *, batch: int) -> Tensor:
-        """Return the test logits of an ONNX file, through the *saved* preprocessor of `saved`."""
+    def evidence(self, stage: Stage, file: str, saved: Path, *, batch: int) -> Evidence:
+        """Return what an ONNX file says of the test set, through the *saved* preprocessor."""
 
         def build(folder: Path) -> None:
             session = open_session(stage.path / file, threads=self.job.threads)
             task = self.job.task
-            samples = task.samples(self.job.data.test, task.load(saved))
-            parts, order, done = [], samples.order, 0
-            with track(f"measuring {stage.name}", len(samples)) as tell:
-                for chunk in torch.split(order, batch):
-                    parts.append(session.run(["logits"], arrays(samples[chunk]))[0])
-                    done += len(chunk)
-                    tell(done)
-            found = torch.from_numpy(np.concatenate(parts))
-            scores = torch.empty_like(found).index_copy_(0, order, found)
-            save_file({"test": scores}, folder / "logits.safetensors")
+            processor = task.load(saved)
+            if hasattr(processor, "model_max_length"):  # the run's own limit isn't saved
+                processor.model_max_length = self.job.processor.model_max_length
+
+            def answer(inputs: Batch) -> Tensor:
+                return torch.from_numpy(session.run([task.output], arrays(inputs))[0])
+
+            samples = task.samples(self.job.data.test, processor)
+            found = ask(answer, task, samples, what=f"measuring {stage.name}", batch_size=batch)
+            save_file(found, folder / ANSWERS)
 
         made = self.store.stage(
             f"scores-{stage.name}",
             self.base | {"model": stage.key, "file": file, "batch": batch, "tools": _tools()},
             build,
         )
-        return load_file(made.path / "logits.safetensors")["test"]
+        return load_file(made.path / ANSWERS)
 
     def _usual(self, rows: int) -> dict[str, Any]:
         """Return inputs of a usual size."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,19 @@ import numpy as np
 import torch
 
 from slimfuse.batch import Batch
-from slimfuse.data import ImageData, load_digits, load_fashion_mnist, load_hub
+from slimfuse.data import ImageData, load_digits, load_fashion_mnist, load_hub, unlabelled
 from slimfuse.errors import ParentError, ShapeError
 from slimfuse.families import Family, ImageFamily
 from slimfuse.pipeline.labelling import limited
 from slimfuse.pipeline.shaping import shape_of
 from slimfuse.recipe import Data, TrainConfig
-from slimfuse.tasks.image_classification import CACHE_BYTES, PIXELS, load_processor, make_processor
+from slimfuse.tasks import ImageClassification, Task
+from slimfuse.tasks.image_classification import CACHE_BYTES, PIXELS
+from slimfuse.tasks.image_processors import load_processor, make_processor, sides
 
 PROCESSOR_KEYS = (
     "size", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
-    "image_std", "do_convert_rgb",
+    "image_std", "do_convert_rgb", "do_center_crop", "crop_size",
 )  # fmt: skip
 DEFAULT_IMAGE_SIZE = 224
 
@@ -34,11 +36,18 @@ class Images:
     preprocessor: Any
     size: int
     family: ImageFamily | None = None
+    task: Task = field(default_factory=ImageClassification)
+
+    @property
+    def orders(self) -> Mapping[str, Mapping[int, int]]:
+        """Nothing: images have no tokens with numbers."""
+        return {}
 
     def new_config(
         self, family: Family, spec: TrainConfig, labels: Sequence[str], where: str
     ) -> Any:
         """Return the config of a model that the run trains; raises ShapeError for a bad patch."""
+        assert spec.patch_size is not None, "recipes of images have it"
         if self.size % spec.patch_size:
             raise ShapeError(
                 "patch_size must divide the image size",
@@ -63,8 +72,8 @@ class Images:
     @property
     def cached_bytes(self) -> int:
         """Bytes of the images that are kept in memory."""
-        side = self.preprocessor.size
-        pixels = 12 * int(side["height"]) * int(side["width"])
+        height, width = sides(self.preprocessor)
+        pixels = 12 * height * width
         parts = (self.data.train, self.data.test)
         return sum(min(len(split) * pixels, CACHE_BYTES) for split in parts)
 
@@ -80,19 +89,21 @@ def open_images(
     folders: Mapping[str, Path],
     configs: Mapping[str, Any],
     beside: Path,
+    task: Task,
 ) -> Images:
     """Return a recipe's images and the processor of the models in `folders`.
 
-    configs: of the saved parents. Raises ParentError or DataError.
+    configs: of the saved parents; task: whether labels count. Raises ParentError or DataError.
     """
     size = image_size(spec, {name: c.image_size for name, c in configs.items()})
-    data = load_images(spec, beside, size or DEFAULT_IMAGE_SIZE)
+    data = load_images(spec, beside, size or DEFAULT_IMAGE_SIZE, labels=task.labelled)
     size = size or data.image_size
-    return Images(data, common_processor(folders, data, size), size, family)
+    processor = common_processor(folders, data, size)
+    return Images(data, processor, size, family, task.of(data))
 
 
-def load_images(spec: Data, beside: Path, image_size: int) -> ImageData:
-    """Return the images of a recipe, cut to its limits."""
+def load_images(spec: Data, beside: Path, image_size: int, *, labels: bool = True) -> ImageData:
+    """Return the images of a recipe, cut to its limits; labels: whether the task needs them."""
     path = spec.path
     if path is not None and (beside / path).exists():
         path = str(beside / path)
@@ -111,8 +122,9 @@ def load_images(spec: Data, beside: Path, image_size: int) -> ImageData:
             image_column=spec.image_column,
             label_column=spec.label_column,
             image_size=image_size,
+            labels=labels,
         )
-    return limited(data, spec)
+    return limited(data if labels else unlabelled(data), spec)
 
 
 def image_size(spec: Data, sizes: Mapping[str, int]) -> int | None:
@@ -154,7 +166,7 @@ def common_processor(folders: Mapping[str, Path], data: ImageData, size: int) ->
             )
     made = base(images=np.zeros((size, size + 1, 3), np.uint8), return_tensors="np")
     shape = tuple(made["pixel_values"].shape[1:])
-    if shape != (3, size, size) or {"height", "width"} - set(dict(base.size)):
+    if shape != (3, size, size) or sides(base) != (size, size):
         raise ParentError(
             "the image processor makes other images than the model takes",
             where=str(folders[first] / "preprocessor_config.json"),

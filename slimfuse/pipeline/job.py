@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from slimfuse_export.environment import cores_allowed, cpu_quota
 
+from slimfuse.data import DataSet
 from slimfuse.errors import ParentError, ShapeError
-from slimfuse.families import FAMILIES, IMAGE_FAMILIES, TEXT_FAMILIES, Family
+from slimfuse.families import Family, ImageFamily, TextFamily, family_of
 from slimfuse.finetune.loop import Precision, best_precision
 from slimfuse.pipeline.checks import check_methods, check_teachers
 from slimfuse.pipeline.common import BaseJob, Opened, ParentJob
 from slimfuse.pipeline.images import open_images
 from slimfuse.pipeline.labelling import check_training, class_places, with_labels
-from slimfuse.pipeline.origins import find_parent
+from slimfuse.pipeline.origins import find_parent, weights_digest
 from slimfuse.pipeline.shaping import propose_shape, trained_config
 from slimfuse.pipeline.texts import open_texts
+from slimfuse.pipeline.vocabularies import aligned_config
 from slimfuse.recipe import Recipe, Training
+from slimfuse.recipe.matching import IMAGE_FAMILIES
 from slimfuse.shapes import Proposal
-from slimfuse.store import file_digest
-from slimfuse.tasks import TASKS
+from slimfuse.tasks import TASKS, FeatureExtraction, LanguageTask, Task, TextTask
+from slimfuse.tasks.embeddings import IMAGES, TEXTS
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     folder. Raises ParentError, DataError or ShapeError; nothing has been written by then. A
     latency budget is measured here, with models of random weights.
     """
-    family, task = FAMILIES[recipe.family], TASKS[recipe.task]
+    family, task = family_of(recipe.family, recipe.task), task_of(recipe)
 
     def find(name: str, origin: str | None, where: str, revision: str | None = None) -> Path | None:
         if origin is None:
@@ -66,31 +69,47 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     if home is not None:
         beside["anchor"] = home
     configs = {name: family.load_config(str(folder)) for name, folder in folders.items()}
-    opened = _open(recipe, family, folders | beside, configs, path.parent)
+    opened = _open(recipe, family, task, folders | beside, configs, path.parent)
+    task, orders = opened.task, opened.orders
+    foreign = [name for name in beside if name in orders]
+    if foreign:
+        raise ParentError(
+            "a model that training starts from numbers its tokens differently",
+            where=f"parents.{foreign[0]}.train.start" if foreign[0] in starts else "fuse.ot.anchor",
+            got=str(beside[foreign[0]]),
+            hint="start from models with one tokenizer; saved parents may have their own numbers",
+        )
+    for name, order in orders.items():
+        if name in folders:
+            where = f"parents.{name}"
+            configs[name] = aligned_config(family, configs[name], order, where=where)
     for p in recipe.parents:
         if p.train is not None:
             where = f"parents.{p.name}.train"
             check_training(p.train, opened.data, where)
-            configs[p.name] = trained_config(family, p.train, opened, starts[p.name], where)
+            fresh = trained_config(family, p.train, opened, starts[p.name], where)
+            configs[p.name] = task.marked(fresh)
     configs = {p.name: configs[p.name] for p in recipe.parents}
     mismatched = family.mismatches(configs)
     if mismatched:
         raise ParentError(
             "the parents don't fit each other", where="parents", got="; ".join(mismatched)
         )
-    places = class_places(configs, opened.data)
+    places = _places(task, configs, opened.data)
     for folder in folders.values():
         family.load(folder)  # strict, and sees a file that was cut off
     proposal = propose_shape(recipe, configs, family, opened)
-    target = with_labels(proposal.config, configs, opened.data)
+    target = proposal.config
+    if task.labelled:
+        target = task.marked(with_labels(target, configs, opened.data))
     parents = tuple(
         parent_job(
             p.name, p.weight, configs[p.name], saved[p.name], p.train, places[p.name],
-            starts[p.name],
+            starts[p.name], orders.get(p.name), p.from_ or (p.train.start if p.train else None),
         )
         for p in recipe.parents
     )  # fmt: skip
-    anchor = _anchor(recipe, home, family, opened, target)
+    anchor = _anchor(recipe, home, family, task, opened, target)
     job = Job(
         recipe, path, family, task, opened.data, opened.preprocessor, parents, anchor, target,
         recipe.runtime.threads or cores(), best_of(recipe.runtime.precision), opened, proposal,
@@ -100,17 +119,50 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     return job
 
 
+def task_of(recipe: Recipe) -> Task:
+    """Return a recipe's task; features are those of images or of texts, as the family's are."""
+    task = TASKS[recipe.task]
+    if isinstance(task, FeatureExtraction):
+        return IMAGES if recipe.family in IMAGE_FAMILIES else TEXTS
+    return task
+
+
+def _places(task: Task, configs: Mapping[str, Any], data: DataSet) -> dict[str, tuple[int, ...]]:
+    """Return the places of every parent's classes among the data's, see `class_places`.
+
+    Without labels all parents say the same; where labels don't exclude each other, each parent
+    must know all of them, in the data's order.
+    """
+    if not task.labelled:
+        return dict.fromkeys(configs, ())
+    places = class_places(configs, data)
+    odd = [name for name, own in places.items() if own != tuple(range(len(data.classes)))]
+    if odd and not task.by_class:
+        raise ParentError(
+            "parents of this task must know all of the data's labels, in its order",
+            where=f"parents.{odd[0]}",
+            got=", ".join(map(str, configs[odd[0]].id2label.values())),
+            allowed=", ".join(data.classes),
+        )
+    return places
+
+
 def _open(
     recipe: Recipe,
     family: Family,
+    task: Task,
     folders: Mapping[str, Path],
     configs: Mapping[str, Any],
     beside: Path,
 ) -> Opened:
-    if recipe.task == "image-classification":
-        return open_images(recipe.data, IMAGE_FAMILIES[recipe.family], folders, configs, beside)
+    data = recipe.data
+    if recipe.family in IMAGE_FAMILIES:
+        return open_images(data, cast(ImageFamily, family), folders, configs, beside, task)
     every = {name: family.load_config(str(folder)) for name, folder in folders.items()}
-    return open_texts(recipe.data, TEXT_FAMILIES[recipe.family], folders, every, beside)
+    if isinstance(task, LanguageTask):
+        task = task.packing(data.packing)
+    assert isinstance(task, TextTask)
+    return open_texts(data, cast(TextFamily, family), folders, every, beside, task)
 
 
 def best_of(precision: Literal["auto", "fp32", "bf16"]) -> Precision:
@@ -126,15 +178,17 @@ def parent_job(
     train: Training | None,
     places: tuple[int, ...],
     start: Path | None = None,
+    order: Mapping[int, int] | None = None,
+    origin: str | None = None,
 ) -> ParentJob:
     """Return a parent with the digest of its weights, or of those that it starts from."""
     home = folder or start
-    sha256 = None if home is None else file_digest(home / "model.safetensors")
-    return ParentJob(name, weight, config, folder, sha256, train, places, start)
+    sha256 = None if home is None else weights_digest(home)
+    return ParentJob(name, weight, config, folder, sha256, train, places, start, order, origin)
 
 
 def _anchor(
-    recipe: Recipe, folder: Path | None, family: Family, opened: Opened, target: Any
+    recipe: Recipe, folder: Path | None, family: Family, task: Task, opened: Opened, target: Any
 ) -> ParentJob | None:
     """Return the trained narrow model of `fuse.ot.anchor`, which has the target's shape."""
     spec, where, data = recipe.fuse.ot.anchor, "fuse.ot.anchor", opened.data
@@ -146,7 +200,7 @@ def _anchor(
     else:
         assert spec.train is not None
         check_training(spec.train, data, f"{where}.train")
-        config = trained_config(family, spec.train, opened, None, f"{where}.train")
+        config = task.marked(trained_config(family, spec.train, opened, None, f"{where}.train"))
     if family.shape(config) != family.shape(target):
         raise ShapeError(
             "the anchor is not of the target's shape",
@@ -154,6 +208,8 @@ def _anchor(
             got=str(family.shape(config)),
             allowed=str(family.shape(target)),
         )
+    if not task.labelled:
+        return parent_job("anchor", 1.0, config, folder, spec.train, ())
     places = class_places({"anchor": config}, data, where=where)["anchor"]
     if places != tuple(range(len(data.classes))):
         raise ParentError(

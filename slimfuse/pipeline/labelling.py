@@ -13,6 +13,7 @@ import numpy as np
 from slimfuse.data import DataSet, Split
 from slimfuse.errors import DataError
 from slimfuse.recipe import Data, Train, Training
+from slimfuse.tasks.text_classification import PROBLEMS
 
 SHOWN = 6
 D = TypeVar("D", bound=DataSet)
@@ -24,7 +25,8 @@ def class_places(
     """Return the places of every parent's classes among the data's; together they cover all.
 
     Classes are known by name; a config without names (LABEL_0 …) must have as many as the data.
-    where: of a model that is no parent, which need not cover all. Raises DataError.
+    A number has one place, whatever its name; data without labels have none. where: of a model
+    that is no parent, which need not cover all. Raises DataError.
     """
     found = {
         name: _places(where or f"parents.{name}", config, data) for name, config in configs.items()
@@ -41,6 +43,26 @@ def class_places(
 
 
 def _places(where: str, config: Any, data: DataSet) -> tuple[int, ...]:
+    if data.kind == "none":
+        return ()
+    problem = getattr(config, "problem_type", None)
+    if problem not in (None, PROBLEMS[data.kind]):
+        raise DataError(
+            "the model was made for other labels than the data set's",
+            where=where,
+            got=f"problem_type {problem}",
+            allowed=PROBLEMS[data.kind],
+            hint="set data.label_kind to what the model says",
+        )
+    if data.kind == "regression":
+        if config.num_labels != 1:
+            raise DataError(
+                "a model that says a number has one output",
+                where=where,
+                got=f"{config.num_labels} outputs",
+                hint="for classes set data.label_kind to single or multi",
+            )
+        return (0,)
     labels = [str(v) for _, v in sorted(config.id2label.items(), key=lambda kv: int(kv[0]))]
     generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
     if generic and len(labels) == len(data.classes):
@@ -58,8 +80,10 @@ def _places(where: str, config: Any, data: DataSet) -> tuple[int, ...]:
 
 
 def labelled(config: Any, labels: Sequence[str]) -> Any:
-    """Return a copy of a config with these classes."""
+    """Return a copy of a config with these classes; as it is where there are none."""
     named = copy.deepcopy(config)
+    if not labels:
+        return named
     named.id2label = dict(enumerate(labels))
     named.label2id = {label: i for i, label in enumerate(labels)}
     return named
@@ -67,7 +91,7 @@ def labelled(config: Any, labels: Sequence[str]) -> Any:
 
 def with_labels(config: Any, configs: Mapping[str, Any], data: DataSet) -> Any:
     """Return the target's config with all classes of the data, where no parent's do already."""
-    if any(list(c.id2label.values()) == list(config.id2label.values()) and
+    if data.kind == "none" or any(list(c.id2label.values()) == list(config.id2label.values()) and
            len(c.id2label) == len(data.classes) and
            _same_order(c, data) for c in configs.values()):  # fmt: skip
         return config
@@ -91,7 +115,10 @@ def _cut(split: Split, limit: int | None) -> Split:
 
 
 def training_split(train: Training, data: DataSet) -> Split:
-    """Return what a parent is trained on: its shard, classes and samples; labels are its own."""
+    """Return what a parent is trained on: its shard, classes and samples; labels are its own.
+
+    Of samples that may have several classes all stay: that one has none of the parent's is news.
+    """
     split = data.train
     if train.samples is not None:
         split = split.sample(train.samples, 0)
@@ -101,6 +128,8 @@ def training_split(train: Training, data: DataSet) -> Split:
     classes = _classes(train)
     if classes is not None:
         places = [data.classes.index(c) for c in classes]
+        if data.kind == "multi":
+            return Split(split.items, split.labels[:, places])
         split = split.take(np.flatnonzero(np.isin(split.labels, places)))
         own = {place: i for i, place in enumerate(places)}
         split = Split(split.items, np.array([own[int(y)] for y in split.labels], dtype=np.int64))
@@ -113,6 +142,8 @@ def _classes(train: Training) -> tuple[str, ...] | None:
 
 def check_training(train: Training, data: DataSet, where: str) -> None:
     """Raise DataError for classes that don't exist and for more shards than samples."""
+    if _classes(train) and data.kind not in ("single", "multi"):
+        raise DataError("the data set has no classes", where=f"{where}.classes")
     for name in _classes(train) or ():
         if name not in data.classes:
             near = difflib.get_close_matches(name, data.classes, 1)

@@ -77,6 +77,10 @@ class Nets:
         """Return a saved net behind a classifier's interface; raises ParentError."""
         return load_classifier(folder)
 
+    def stock_form(self, model: nn.Module) -> nn.Module:
+        """Return the model itself."""
+        return model
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write config.json and model.safetensors."""
         model.save_pretrained(folder)  # type: ignore[operator]

@@ -1,12 +1,25 @@
-"""Where a recipe's models come from: folders, installed packages, the hub."""
+"""Where a recipe's models come from: folders, GGUF files, installed packages, the hub."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+from slimfuse.data.gguf import SUFFIX, converted, find_gguf
 from slimfuse.data.packages import PACKAGE, find_package
 from slimfuse.errors import ParentError, first_line
+from slimfuse.families import TASK_FAMILIES
+from slimfuse.store import file_digest
 from slimfuse.tasks import Task
+
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+"""Of weights in several files: which file has which weight."""
+FETCHED = (
+    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "LICENCE*",
+)  # fmt: skip
+"""What is fetched of a hub's repository; generation_config.json and tokenizer files are JSON."""
 
 
 def find_parent(
@@ -20,42 +33,38 @@ def find_parent(
 ) -> Path:
     """Return the local folder of a parent, fetching a hub id once; raises ParentError.
 
-    where: the recipe's place that holds `from`. `package:NAME` is an installed Python package.
+    where: the recipe's place that holds `from`. `package:NAME` is an installed Python package. A
+    GGUF file, or a folder with one, is converted once and kept in the user's cache.
     """
     key = "from" if where is None or "train" not in where else "start"
     where = where or f"parents.{name}"
     if origin.startswith(PACKAGE):
-        folder = find_package(origin, where=f"{where}.{key}")
-        _need_files(name, folder, task)
-        return folder
+        return _ready(name, find_package(origin, where=f"{where}.{key}"), task, f"{where}.{key}")
     given = Path(origin).expanduser()
-    for folder in (beside / given, given):
-        if folder.is_dir():
+    for path in (beside / given, given):
+        if path.is_dir() or (path.suffix == SUFFIX and path.is_file()):
             if revision is not None:
                 raise ParentError(
-                    "a revision goes only with a hub id, and this is a folder here",
+                    "a revision goes only with a hub id, and this is on this machine",
                     where=f"{where}.revision",
                     got=revision,
                     hint="remove the key",
                 )
-            _need_files(name, folder, task)
-            return folder
-    hint = f"give a folder with config.json, model.safetensors, {', '.join(task.files)}"
+            return _ready(name, path, task, f"{where}.{key}")
+    hint = f"give a folder with config.json, {WEIGHTS}, {', '.join(task.files)}, or a .gguf file"
     looks_local = origin.startswith((".", "/", "~")) or origin.count("/") != 1
     top = Path(given.parts[0])
     if not looks_local and ((beside / top).is_dir() or top.is_dir()):
         looks_local = True  # a mistyped path rather than a hub id
         hint = f"the folder {top} is here, but {given.name} is not in it; {hint}"
-    if looks_local:
+    if looks_local or given.suffix == SUFFIX:
         raise ParentError(
             f"parent {name!r} does not exist", where=f"{where}.{key}", got=origin, hint=hint
         )
     from huggingface_hub import snapshot_download
 
     try:
-        fetched = snapshot_download(
-            origin, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt"]
-        )
+        fetched = snapshot_download(origin, revision=revision, allow_patterns=list(FETCHED))
     except Exception as error:
         raise ParentError(
             f"parent {name!r} is neither a folder here nor to be had from the hub",
@@ -63,19 +72,77 @@ def find_parent(
             got=f"{origin} ({first_line(error)})",
             hint=f"{hint}, or a hub id while online",
         ) from error
-    _need_files(name, Path(fetched), task)
-    return Path(fetched)
+    return _ready(name, Path(fetched), task, f"{where}.{key}")
+
+
+def _ready(name: str, path: Path, task: Task, where: str) -> Path:
+    """Return the folder of a model that is here, with all files it needs."""
+    file = find_gguf(path)
+    if file is not None:
+        known = {family.removesuffix("_text") for family in TASK_FAMILIES["causal-lm"]}
+        path = converted(file, known, where=where)
+    _need_files(name, path, task)
+    return path
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Return the files of a model's weights in order of their names, none where there are none.
+
+    Raises ParentError for an index that can't be read, or that names files elsewhere.
+    """
+    if (folder / WEIGHTS).is_file():
+        return (folder / WEIGHTS,)
+    index = folder / INDEX
+    if not index.is_file():
+        return ()
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        odd = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ParentError(
+            "the index of the weights can't be read", where=str(index), got=first_line(error)
+        ) from error
+    if odd or not names:
+        raise ParentError(
+            "the index of the weights names other files than safetensors beside it",
+            where=str(index),
+            got=", ".join(map(str, odd[:5])) or "no file",
+        )
+    return tuple(folder / name for name in names)
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the sha256 of a model's weights; of several files that of their names and digests."""
+    files = weight_files(folder)
+    if len(files) == 1:
+        return file_digest(files[0])
+    lines = "".join(f"{file.name} {file_digest(file)}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def is_timm(folder: Path) -> bool:
+    """Return whether a folder is timm's own: its config names an architecture, not a class."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "architecture" in config and "model_type" not in config
 
 
 def _need_files(name: str, folder: Path, task: Task) -> None:
-    needed = ("config.json", "model.safetensors", *task.files)
+    """Raise ParentError where a model's folder lacks files; timm's config prepares images, too."""
+    timm = "preprocessor_config.json" in task.files and is_timm(folder)
+    needed = ["config.json"] if timm else ["config.json", *task.files]
+    weights = weight_files(folder) or (folder / WEIGHTS,)
     missing = [f for f in needed if not (folder / f).is_file()]
-    if missing:
-        pickled = (
-            "pytorch_model.bin is not read: " if (folder / "pytorch_model.bin").is_file() else ""
-        )
-        raise ParentError(
-            f"parent {name!r} lacks {', '.join(missing)}",
-            where=str(folder),
-            hint=f"{pickled}save the model and its {task.preprocessor} with save_pretrained",
-        )
+    missing += [file.name for file in weights if not file.is_file()]
+    if not missing:
+        return
+    hint = f"save the model and its {task.preprocessor} with save_pretrained"
+    if (folder / "pytorch_model.bin").is_file():
+        hint = f"pytorch_model.bin is not read: {hint}"
+    several = sorted(folder.glob(f"*{SUFFIX}"))
+    if several:
+        listed = ", ".join(file.name for file in several[:5])
+        hint = f"name one of the folder's .gguf files ({listed}); or {hint}"
+    raise ParentError(f"parent {name!r} lacks {', '.join(missing)}", where=str(folder), hint=hint)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from jinja2 import Environment
 
 from slimfuse.errors import CheckFailed
+from slimfuse.families.timm_model import TimmConfig
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.nets_job import NetJob
 from slimfuse.progress import working
@@ -18,22 +20,23 @@ from slimfuse.tasks import Measured
 CARD = """\
 ---
 library_name: {{ library }}
-pipeline_tag: {{ task.name }}
+pipeline_tag: {{ task.tag or task.name }}
 tags: [slimfuse, model-fusion, onnx]
-metrics: [accuracy]
----
+metrics: [{{ metrics }}]
+{% if licence %}license: {{ licence }}
+{% endif %}---
 # {{ name }}
 
 One {{ model }}, fused by slimfuse {{ version }} from
 
-{% for p in parents %}- **{{ p.name }}**: {{ p.shape }}, accuracy {{ p.accuracy }}
+{% for p in parents %}- **{{ p.name }}**: {{ p.shape }}, {{ metric }} {{ p.figure }}
 {% endfor %}
 
 on `{{ data }}`, {{ training }}.
 
-| file | accuracy ({{ n }} test {{ task.sample }}s, 95 % interval) |
+| file | {{ metric }} ({{ n }} test {{ task.sample }}s, 95 % interval) |
 | --- | --- |
-{% for row in files %}| `{{ row.file }}` | {{ row.accuracy }}{{ row.note }} |
+{% for row in files %}| `{{ row.file }}` | {{ row.figure }}{{ row.note }} |
 {% endfor %}
 {% if decided %}
 
@@ -43,14 +46,29 @@ That the INT8 file comes along (it loses no more than {{ decided }}) was decided
 ```python
 {{ opening }}
 ```
+{% if licences %}
+
+Licences of what it is made of: {{ licences }}. {{ terms }} This is no legal advice.
+{% endif %}
 
 Latency depends on the machine: measure it there with `slimfuse-export bench path/to/this/folder`.
 The folder is checked with `slimfuse verify` and `slimfuse-export check`.
 """
+OPTIONAL = (
+    "generation_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
+    "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""What a class or its preprocessor may save beside."""
 STOCK = """\
 from transformers import {preprocessor}, {model}
 model = {model}.from_pretrained("path/to/this/folder")
 preprocessor = {preprocessor}.from_pretrained("path/to/this/folder")"""
+TIMM = """\
+import timm
+model = timm.create_model("local-dir:path/to/this/folder", pretrained=True)
+
+# or in transformers
+"""
 PLAIN = """\
 from onnxruntime import InferenceSession
 from transformers import AutoImageProcessor
@@ -76,8 +94,12 @@ def build_package(
     """
     onnx = folder / "onnx"
     onnx.mkdir(exist_ok=True)
-    for name in ("config.json", "model.safetensors", *job.task.files):
+    kept = [name for name in OPTIONAL if (finetuned.path / name).is_file()]
+    for name in ("config.json", "model.safetensors", *job.task.files, *kept):
         shutil.copyfile(finetuned.path / name, folder / name)
+    for name, content in job.task.extras(job.processor, job.target).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in ("model.onnx", "samples.npz"):
         shutil.copyfile(exported.path / name, onnx / name)
     if int8 is not None:
@@ -108,41 +130,57 @@ def model_card(
 ) -> str:
     """Return README.md; it holds nothing that differs from run to run.
 
-    files: accuracy of each file, and the batch size it was measured at where that matters.
+    parents, files: the task's first figure; of a file with the batch size it was measured at,
+    where that matters.
     """
+    metric, told = job.task.metric, job.licences
+    found = told.found
     family, plain = job.family, isinstance(job, NetJob)
-    stock = plain or type(family.build(job.target)).__name__
+    timm = isinstance(job.target, TimmConfig)
+    built = family.stock_form(family.build(job.target))
+    stock = f"timm {job.target.architecture}" if timm else type(built).__name__
     opening = STOCK.format(preprocessor=job.task.auto_preprocessor, model=job.task.auto_model)
+    opening += f"\n{job.task.usage}" * bool(job.task.usage)
     taught = ", ".join(t.name for t in job.teachers)
     several = len(job.teachers) > 1
     quantize = job.recipe.export.quantize
     template = Environment(autoescape=False, trim_blocks=True).from_string(CARD)  # noqa: S701 - Markdown
     return template.render(
         name=job.recipe.name,
-        library="onnx" if plain else "transformers",
+        library="onnx" if plain else "timm" if timm else "transformers",
         task=job.task,
-        opening=PLAIN if plain else opening,
+        opening=PLAIN if plain else f"{TIMM}{opening}" if timm else opening,
         model=family.shape(job.target) if plain else f"{stock} of {family.shape(job.target)}",
         version=version,
         parents=[
-            {"name": p.name, "shape": family.shape(p.config), "accuracy": percent(parents[p.name])}
+            {
+                "name": p.name,
+                "shape": family.shape(p.config),
+                "figure": metric.limits(parents[p.name]),
+            }
             for p in job.parents
         ],
         data=job.data.name,
         training=f"then finetuned for {steps} steps with {taught} as teacher{'s' * several}"
         if steps
         else "not finetuned",
-        n=len(job.data.test),
+        n=job.count("test"),
+        metric=metric.key.replace("_", " "),
+        metrics=", ".join(m.key for m in job.task.metrics),
         files=[
-            {"file": file, "accuracy": percent(m), "note": f", at batch {batch}" if batch else ""}
+            {
+                "file": file,
+                "figure": metric.limits(m),
+                "note": f", at batch {batch}" if batch else "",
+            }
             for file, (m, batch) in files.items()
         ],
-        decided=f"{quantize.max_drop:.2%}"
+        licence=next(iter(names))
+        if len(names := {x.name for x in found.values()}) == 1 and next(iter(found.values())).known
+        else "",
+        licences=", ".join(f"{name}: {one.name}" for name, one in found.items()),
+        terms=" ".join(f"{text[0].upper()}{text[1:]}." for text in told.sentences),
+        decided=metric.amount(quantize.max_drop)
         if quantize.mode == "auto" and "onnx/model_quantized.onnx" in files
         else "",
     )
-
-
-def percent(measured: Measured) -> str:
-    """Return an accuracy with its interval."""
-    return f"{measured.value:.2%} ({measured.low:.2%} – {measured.high:.2%})"

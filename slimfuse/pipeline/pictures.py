@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.fusion_record import load_fusion
 from slimfuse.pipeline.job import Job
 from slimfuse.report import Picture
 from slimfuse.store import Stage
+from slimfuse.tasks import Evidence
 
 SMOOTHING = 25  # steps that one point of the loss curve averages
 MOST_CLASSES = 40  # that a picture can show
@@ -27,12 +27,12 @@ def pictures(
     fused: Stage,
     trained: Mapping[str, Stage],
     best: str,
-    scores: Mapping[str, Tensor],
+    evidence: Mapping[str, Evidence],
 ) -> list[Picture]:
     """Return the report's pictures.
 
-    trained: finetuned stages by the name of their start; best: the better parent; scores: test
-    logits of the parents and of `finetuned`.
+    trained: finetuned stages by the name of their start; best: the better parent; evidence: what
+    the parents and `finetuned` say of the test set.
     """
     fusion = load_fusion(fused.path)
     found = []
@@ -43,7 +43,7 @@ def pictures(
         found += _alignment_pictures(fusion)
     if "maps" in fusion:
         found += _map_pictures(fusion)
-    return found + _training_pictures(trained) + _error_pictures(job, best, scores)
+    return found + _training_pictures(trained) + _error_pictures(job, best, evidence)
 
 
 def _alignment_pictures(fusion: dict[str, Any]) -> list[Picture]:
@@ -236,13 +236,13 @@ def _training_pictures(trained: Mapping[str, Stage]) -> list[Picture]:
     ]
 
 
-def _error_pictures(job: BaseJob, best: str, scores: Mapping[str, Tensor]) -> list[Picture]:
+def _error_pictures(job: BaseJob, best: str, evidence: Mapping[str, Evidence]) -> list[Picture]:
     labels, classes = job.data.test.labels, job.data.classes
-    if len(classes) > MOST_CLASSES:
+    if not job.task.by_class or len(classes) > MOST_CLASSES:
         return []
 
     def per_class(name: str) -> np.ndarray[Any, Any]:
-        right = scores[name].argmax(1).numpy() == labels
+        right = evidence[name]["logits"].argmax(1).numpy() == labels
         return np.array(
             [right[labels == c].mean() if (labels == c).any() else 0.0 for c in range(len(classes))]
         )

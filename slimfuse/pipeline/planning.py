@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from slimfuse.errors import StorageError
+from slimfuse.families import Family
 from slimfuse.finetune.loop import steps_of
+from slimfuse.fuse.cache import MEMORY_LIMIT
 from slimfuse.pipeline.common import BaseJob, ParentJob
 from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.labelling import training_split
 from slimfuse.pipeline.shaping import largest_config
+from slimfuse.recipe import Recipe
 from slimfuse.shapes import AXES, Proposal
 from slimfuse.store import Store, free_bytes
+from slimfuse.tasks import LanguageTask, Task
 
 RUNTIME_BYTES = 1000 << 20  # the libraries and their ONNX exporter: 880 MiB measured with toys
+LOGITS = 6  # tensors of a step that are as large as all logits
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Plan:
     """Models, the child last, and estimates of the peak memory and the disk space in bytes.
 
     proposal: how the child's shape was found, where it had to be; searched: whether a budget or a
-    rounded ratio chose it.
+    rounded ratio chose it; notes: what the figures leave out.
     """
 
     models: tuple[Planned, ...]
@@ -44,30 +50,70 @@ class Plan:
     disk: int
     proposal: Proposal | None
     searched: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outset:
+    """What a plan is made of.
+
+    parents: their configs by name, all that are there before the child; fused: the names of those
+    but for the anchor; steps: of training, by name and of "child"; samples: for calibration;
+    tokens: of a usual sample; flops: of one, by config; cached: bytes of prepared samples.
+    """
+
+    recipe: Recipe
+    family: Family
+    task: Task
+    parents: Mapping[str, Any]
+    fused: tuple[str, ...]
+    proposal: Proposal
+    target: Any
+    steps: Mapping[str, int]
+    samples: int
+    tokens: int
+    flops: Callable[[Any], int]
+    cached: int
 
 
 def make_plan(job: Job) -> Plan:
     """Return the plan of a job; counts are exact, memory and disk are estimates."""
-    family, recipe = job.family, job.recipe
+    recipe = job.recipe
     needed = (*job.parents, *([job.anchor] if job.anchor and job.moves else []))
-    models = [_planned(job, p.name, p.config, steps_for(job, p)) for p in needed]
-    steps = steps_of(len(job.data.train), recipe.finetune.epochs, recipe.finetune.batch_size)
-    child = _planned(job, "child", job.target, steps)
-    largest = max(m.bytes for m in models)
-    samples = min(recipe.data.calibration.samples, len(job.data.train))
-    widths = [family.shape(p.config).hidden_size for p in job.parents]
-    widths.append(family.shape(job.target).hidden_size)
-    tokens = job.opened.tokens(job.target)
-    streams = 4 * samples * tokens * 2 * sum(widths)
-    units = sum(family.shape(p.config).intermediate_size for p in job.parents)
+    steps = {p.name: steps_for(job, p) for p in needed}
+    finetune = recipe.finetune
+    steps["child"] = steps_of(job.count("train"), finetune.epochs, finetune.batch_size)
+    return plan_of(
+        Outset(
+            recipe, job.family, job.task, {p.name: p.config for p in needed},
+            tuple(p.name for p in job.parents), job.proposal, job.target, steps,
+            min(recipe.data.calibration.samples, len(job.data.train)),
+            job.opened.tokens(job.target), lambda c: job.opened.flops(job.family, c),
+            job.opened.cached_bytes,
+        )
+    )  # fmt: skip
+
+
+def plan_of(given: Outset) -> Plan:
+    """Return the plan that something comes to; counts are exact, memory and disk are estimates."""
+    family, recipe = given.family, given.recipe
+    models = {name: _planned(given, name, config) for name, config in given.parents.items()}
+    child = _planned(given, "child", given.target)
+    every = [*models.values(), child]
+    largest = max(m.bytes for m in every)
+    shapes = [family.shape(given.parents[name]) for name in given.fused]
+    widths = sum(s.hidden_size for s in shapes) + family.shape(given.target).hidden_size
+    streams = 4 * given.samples * given.tokens * 2 * widths
+    units = sum(s.intermediate_size for s in shapes)
     moments = 8 * 4 * units**2
-    rows = 8 * recipe.fuse.batch_size * tokens * 3 * units
-    fusing = sum(m.bytes for m in models) + child.bytes + streams + moments + rows
-    training = 4 * largest + _activations(job)
+    rows = 8 * recipe.fuse.batch_size * given.tokens * 3 * units
+    held = min(streams, MEMORY_LIMIT)
+    fusing = sum(m.bytes for m in every) + held + moments + rows
     exporting = 6 * largest
-    memory = RUNTIME_BYTES + job.opened.cached_bytes + max(fusing, training, exporting)
-    models.append(child)
-    return Plan(tuple(models), memory, disk_bytes(models), job.proposal, _searched(job))
+    needed = max(fusing, _training(given, models, child), exporting)
+    memory = RUNTIME_BYTES + given.cached + needed
+    disk = disk_bytes(every) + streams - held
+    return Plan(tuple(every), memory, disk, given.proposal, _searched(given))
 
 
 def disk_bytes(models: Sequence[Planned]) -> int:
@@ -89,18 +135,33 @@ def check_disk(plan: Plan, store: Store, lock: str) -> None:
         )
 
 
-def _activations(job: Job) -> int:
-    """Return the bytes that the largest training step keeps for its way back."""
-    finetune = job.recipe.finetune
-    trained = [(job.target, finetune.batch_size)] if finetune.epochs else []
-    trained += [(p.config, p.train.batch_size) for p in job.parents if p.train is not None]
-    tokens = job.opened.tokens(job.target)
-    sizes = [0]
-    for config, batch in trained:
-        shape = job.family.shape(config)
-        a_token = 24 * shape.hidden_size + 2 * shape.num_attention_heads * tokens  # scores, softmax
-        sizes.append(4 * batch * tokens * a_token * shape.num_hidden_layers)
-    return max(sizes)
+def _training(given: Outset, models: Mapping[str, Planned], child: Planned) -> int:
+    """Return the bytes of the largest training: weights, gradients, AdamW's two moments, a step's.
+
+    Beside the child its teachers are in memory, all of them where what they say isn't kept.
+    """
+    recipe = given.recipe
+    sizes = [m.bytes for name, m in models.items() if name in given.fused]
+    beside = max(sizes) if given.task.cached else sum(sizes)
+    found = [0]
+    if recipe.finetune.epochs:
+        step = _activations(given, given.target, recipe.finetune.batch_size)
+        found.append(4 * child.bytes + beside + step)
+    for p in recipe.parents:
+        if p.train is not None:
+            step = _activations(given, given.parents[p.name], p.train.batch_size)
+            found.append(4 * models[p.name].bytes + step)
+    return max(found)
+
+
+def _activations(given: Outset, config: Any, batch: int) -> int:
+    """Return the bytes that a training step keeps for its way back."""
+    shape, tokens = given.family.shape(config), given.tokens
+    a_token = 24 * shape.hidden_size + 2 * shape.num_attention_heads * tokens  # scores, softmax
+    kept = batch * tokens * a_token * shape.num_hidden_layers
+    if isinstance(given.task, LanguageTask):  # logits, gradients, the teachers' and softmaxes
+        kept += LOGITS * batch * tokens * int(config.vocab_size)
+    return 4 * kept
 
 
 def steps_for(job: BaseJob, model: ParentJob) -> int:
@@ -108,22 +169,22 @@ def steps_for(job: BaseJob, model: ParentJob) -> int:
     train = model.train
     if train is None:
         return 0
-    return steps_of(len(training_split(train, job.data)), train.epochs, train.batch_size)
+    return steps_of(job.count_of(training_split(train, job.data)), train.epochs, train.batch_size)
 
 
-def _searched(job: Job) -> bool:
-    target, family = job.recipe.target, job.family
-    top = family.shape(largest_config({p.name: p.config for p in job.parents}, family))
+def _searched(given: Outset) -> bool:
+    target, family = given.recipe.target, given.family
+    top = family.shape(largest_config({n: given.parents[n] for n in given.fused}, family))
     wished = [(getattr(target, axis), axis) for axis in AXES]
     return target.budget is not None or any(
-        abs(wish * getattr(top, axis) - getattr(job.proposal.shape, axis)) > 1e-9
+        abs(wish * getattr(top, axis) - getattr(given.proposal.shape, axis)) > 1e-9
         for wish, axis in wished
         if isinstance(wish, float)
     )
 
 
-def _planned(job: Job, name: str, config: object, steps: int) -> Planned:
+def _planned(given: Outset, name: str, config: Any) -> Planned:
     with torch.device("meta"):
-        params = sum(p.numel() for p in job.family.build(config).parameters())
-    shape = str(job.family.shape(config))
-    return Planned(name, shape, params, job.opened.flops(job.family, config), 4 * params, steps)
+        params = sum(p.numel() for p in given.family.build(config).parameters())
+    shape = str(given.family.shape(config))
+    return Planned(name, shape, params, given.flops(config), 4 * params, given.steps.get(name, 0))

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.fusion_record import load_fusion
 from slimfuse.pipeline.pictures import pictures
 from slimfuse.pipeline.planning import Plan
+from slimfuse.pipeline.stages import Figures
 from slimfuse.recipe import Gate
 from slimfuse.report import Figure, GateResult, Latency, Report, Row, Speedup
 from slimfuse.store import Stage
-from slimfuse.tasks import Measured
+from slimfuse.tasks import Evidence
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,14 @@ class Measurements:
     job: BaseJob
     plan: Plan
     command: str
-    measured: dict[str, Measured]
+    measured: dict[str, Figures]
     parents: dict[str, tuple[Path, str]]
     anchor: Path | None
     parity: dict[str, float]
     fused: Stage
     finetuned: Stage
     baselines: dict[str, Stage]
-    starts: dict[str, Measured]
+    starts: dict[str, Figures]
     control: Stage | None
     exported: Stage
     int8: Stage | None
@@ -41,7 +40,7 @@ class Measurements:
     latency: Stage
     lock: dict[str, Any]
     timings: dict[str, float]
-    scores: dict[str, Tensor]
+    evidence: dict[str, Evidence]
     batches: dict[str, int]
 
 
@@ -69,7 +68,7 @@ def make_report(m: Measurements) -> Report:
                 m.fused,
                 {"fused start": m.finetuned, **m.baselines},
                 best_parent(m),
-                m.scores,
+                m.evidence,
             )
         ),
         settings=m.lock,
@@ -87,8 +86,9 @@ def _fused(job: BaseJob) -> str:
 
 
 def best_parent(m: Measurements) -> str:
-    """Return the name of the parent with the best accuracy."""
-    return max(m.parents, key=lambda name: m.measured[name].value)
+    """Return the name of the best parent by the task's metric."""
+    metric = m.job.task.metric
+    return metric.best({name: m.measured[name][metric.key].value for name in m.parents})
 
 
 def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
@@ -102,9 +102,11 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
         )
 
     def figures(name: str) -> dict[str, Figure]:
-        x = m.measured[name]
         note = f"test set, at batch {m.batches[name]}" if name in m.batches else "test set"
-        return {"accuracy": Figure(x.value, n=x.n, low=x.low, high=x.high, note=note)}
+        return {
+            key: Figure(x.value, n=x.n, low=x.low, high=x.high, note=note)
+            for key, x in m.measured[name].items()
+        }
 
     rows = []
     for name, (folder, _) in m.parents.items():
@@ -147,7 +149,9 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
                 note="control, no training: what the same refit makes of a random model")
         )  # fmt: skip
     for name, stage in m.baselines.items():
-        begun = f"{m.starts[name].value:.2%} before it; " if name in m.starts else ""
+        metric = m.job.task.metric
+        before = m.starts[name][metric.key] if name in m.starts else None
+        begun = f"{metric.amount(before.value)} before it; " if before is not None else ""
         rows.append(
             Row(name, "baseline", figures(name), child.params, child.flops, _size(stage.path),
                 note=f"{begun}same finetuning budget and teachers")
@@ -161,11 +165,13 @@ def _size(folder: Path) -> int:
 
 def _gate(gate: Gate, m: Measurements, speedups: tuple[Speedup, ...]) -> GateResult:
     best = best_parent(m)
-    if gate.metric == "accuracy":
-        drop = m.measured[best].value - m.measured["onnx"].value
+    metric = next((k for k in m.job.task.metrics if k.key == gate.metric), None)
+    if metric is not None:
+        drop = metric.loss(*(m.measured[row][metric.key].value for row in ("onnx", best)))
+        worse, better = ("below", "above") if metric.better == "higher" else ("above", "below")
         return GateResult(
-            "accuracy", f"at most {gate.limit:.2%} below parent {best}",
-            f"{abs(drop):.2%} {'below' if drop > 0 else 'above'}", drop <= gate.limit,
+            metric.key, f"at most {metric.amount(gate.limit)} {worse} parent {best}",
+            f"{metric.amount(abs(drop))} {worse if drop > 0 else better}", drop <= gate.limit,
         )  # fmt: skip
     if gate.metric == "params":
         *planned, child = m.plan.models
@@ -195,23 +201,26 @@ def _warnings(m: Measurements, latencies: list[dict[str, Any]]) -> list[str]:
     noisy = sorted({entry["name"] for entry in latencies if entry["noisy"]})
     if noisy:
         out.append(f"the machine was busy while timing {', '.join(noisy)}: measure again")
+    told = m.job.licences
+    out += [*told.conflicts, *told.inherited]
     names = m.job.recipe.fuse.parents or [p.name for p in m.job.parents]
     known = {i for p in m.job.parents if p.name in names for i in p.places}
-    if len(known) < len(m.job.data.classes):
+    if m.job.task.by_class and len(known) < len(m.job.data.classes):
         out.append(
             f"the fused parents know {len(known)} of {len(m.job.data.classes)} classes: the others "
             "can come from finetuning only"
         )
     if m.int8_dropped:
-        drop = m.measured["onnx"].value - m.measured["onnx-int8"].value
+        metric = m.job.task.metric
+        drop = metric.loss(*(m.measured[r][metric.key].value for r in ("onnx-int8", "onnx")))
         out.append(
-            f"INT8 loses {drop:.2%} of accuracy, more than max_drop: it was not shipped "
+            f"INT8 loses {metric.amount(drop)} of {metric.key}, more than max_drop: not shipped "
             "(decided on the test set)"
         )
     samples = min(m.job.recipe.data.calibration.samples, len(m.job.data.train))
     refits = m.job.recipe.fuse.method == "refit"
     width = m.job.family.shape(m.job.target).hidden_size if refits else 0
-    if samples < 2 * width:
+    if m.job.task.by_class and samples < 2 * width:
         out.append(
             f"only {samples} calibration samples for a width of {width}: the head's refit leans "
             "on its prior"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,16 +23,17 @@ from slimfuse.pipeline.job import Job, prepare
 from slimfuse.pipeline.nets_job import NetJob, prepare_nets
 from slimfuse.pipeline.nets_planning import plan_nets
 from slimfuse.pipeline.nets_stages import NetStages
+from slimfuse.pipeline.outline import make_outline
 from slimfuse.pipeline.package import build_package, model_card
 from slimfuse.pipeline.planning import Plan, check_disk, make_plan
 from slimfuse.pipeline.results import Measurements, make_report
 from slimfuse.pipeline.shaping import pinned
-from slimfuse.pipeline.stages import METHOD_OF, BaseStages, Stages
+from slimfuse.pipeline.stages import METHOD_OF, BaseStages, Figures, Stages
 from slimfuse.progress import console, working
 from slimfuse.recipe import Located, NetRecipe, Recipe, load_located
 from slimfuse.report import Report, render_html, to_json
 from slimfuse.store import LOCK, RESULTS, Store, write_text
-from slimfuse.tasks import Measured
+from slimfuse.tasks import Metric
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,21 @@ class Run:
         return all(gate.passed for gate in self.report.gates)
 
 
-def plan(recipe: str | Path, *, overrides: tuple[str, ...] = ()) -> Plan:
-    """Return what `compress` would make of a recipe, and what it needs, before any work."""
+def plan(recipe: str | Path, *, overrides: tuple[str, ...] = (), outline: bool = False) -> Plan:
+    """Return what `compress` would make of a recipe, and what it needs, before any work.
+
+    outline: read only the parents' config.json; no weights, data or tokenizers need be here.
+    """
     quiet()
     path = Path(recipe)
-    return _planned(_prepared(load_located(path, overrides), path))
+    loaded = load_located(path, overrides)
+    if not outline:
+        return _planned(_prepared(loaded, path))
+    try:
+        return make_outline(loaded.recipe, path)
+    except UserError as error:
+        error.where = loaded.locate(error.where)
+        raise
 
 
 def prepare_again(recipe: Recipe, path: Path, store: Store) -> Job:
@@ -142,72 +153,73 @@ CONTROL = "random-refit"
 def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
     stages = _stages(job, store)
     deployment = Deployment(stages)
-    say = _teller()
-    measured: dict[str, Measured] = {}
+    say = _teller(job.task.metric)
+    key = job.task.metric.key
+    measured: dict[str, Figures] = {}
 
     parents = {}
     for parent in job.parents:
         parents[parent.name] = stages.parent(parent)
-        measured[parent.name] = stages.accuracy(stages.outputs(parent).test)
+        measured[parent.name] = stages.figures(stages.outputs(parent).test)
         say(f"parent {parent.name}", measured[parent.name])
 
     anchor = None
     if job.anchor is not None and job.moves:
         anchor, _ = stages.parent(job.anchor)
-        measured["anchor"] = stages.accuracy(stages.outputs(job.anchor).test)
+        measured["anchor"] = stages.figures(stages.outputs(job.anchor).test)
         say("anchor", measured["anchor"])
 
     fused = stages.start("fused")
-    measured["fused"] = stages.accuracy(stages.scores(fused))
+    measured["fused"] = stages.figures(stages.evidence(fused))
     say("fused, before any training", measured["fused"])
 
     control = None
     if isinstance(stages, Stages) and has_control(job):
         control = stages.start(CONTROL)
-        measured[CONTROL] = stages.accuracy(stages.scores(control))
+        measured[CONTROL] = stages.figures(stages.evidence(control))
         say("control: a random model with the same refit", measured[CONTROL])
 
     finetuned = stages.finetune("fused")
-    measured["finetuned"] = stages.accuracy(stages.scores(finetuned))
+    measured["finetuned"] = stages.figures(stages.evidence(finetuned))
     say("finetuned", measured["finetuned"])
     baselines, starts = {}, {}
     for kind in job.recipe.baselines:
         name = row_of(kind)
         baselines[name] = stages.finetune(name)
         if isinstance(stages, NetStages):  # their methods are made for no training at all
-            starts[name] = stages.accuracy(stages.scores(stages.start(name)))
-        measured[name] = stages.accuracy(stages.scores(baselines[name]))
+            starts[name] = stages.figures(stages.evidence(stages.start(name)))
+        measured[name] = stages.figures(stages.evidence(baselines[name]))
         say(f"baseline {name}", measured[name])
 
     batches = {
-        row: batch_of(row, planned.models[-1].flops * len(job.data.test))
+        row: batch_of(row, planned.models[-1].flops * job.count("test"), job.task)
         for row in ("onnx", "onnx-int8")
     }
     exported, parity = deployment.export("child", finetuned.path, finetuned.key)
-    measured["onnx"] = stages.accuracy(
-        deployment.scores(exported, "model.onnx", finetuned.path, batch=batches["onnx"])
+    measured["onnx"] = stages.figures(
+        deployment.evidence(exported, "model.onnx", finetuned.path, batch=batches["onnx"])
     )
     int8 = None
     if job.recipe.export.quantize.mode != "none":
         int8 = deployment.quantised(exported)
-        measured["onnx-int8"] = stages.accuracy(
-            deployment.scores(
+        measured["onnx-int8"] = stages.figures(
+            deployment.evidence(
                 int8, "model_quantized.onnx", finetuned.path, batch=batches["onnx-int8"]
             )
         )
         say("ONNX INT8", measured["onnx-int8"])
-    drop = measured["onnx"].value - measured["onnx-int8"].value if int8 is not None else 0.0
+    drop = int8_loss(job, measured) if int8 is not None else 0.0
     quantize = job.recipe.export.quantize
     shipped = int8 if quantize.mode == "dynamic" or drop <= quantize.max_drop else None
 
     files = {"model.safetensors": "finetuned", "onnx/model.onnx": "onnx"}
     if shipped is not None:
         files["onnx/model_quantized.onnx"] = "onnx-int8"
-    steps = steps_of(
-        len(job.data.train), job.recipe.finetune.epochs, job.recipe.finetune.batch_size
-    )
-    shown = {file: (measured[row], batches.get(row)) for file, row in files.items()}
-    card = model_card(job, steps, measured, shown, __version__)
+    spec = job.recipe.finetune
+    steps = steps_of(job.count("train"), spec.epochs, spec.batch_size)
+    shown = {file: (measured[row][key], batches.get(row)) for file, row in files.items()}
+    parents_shown = {p.name: measured[p.name][key] for p in job.parents}
+    card = model_card(job, steps, parents_shown, shown, __version__)
     package = store.stage(
         "package",
         {"finetuned": finetuned.key, "onnx": exported.key, "card": card,
@@ -232,8 +244,8 @@ def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
             control=control, finetuned=finetuned, baselines=baselines, starts=starts,
             exported=exported, int8=int8, int8_dropped=int8 is not shipped, latency=latency,
             lock=lock_of(job), timings=store.timings(), batches=batches,
-            scores={name: stages.outputs(p).test for name, p in _named(job).items()}
-            | {"finetuned": stages.scores(finetuned)},
+            evidence={name: stages.outputs(p).test for name, p in _named(job).items()}
+            | {"finetuned": stages.evidence(finetuned)},
         )
     )  # fmt: skip
     with working("drawing the report"):
@@ -298,7 +310,8 @@ def lock_of(job: BaseJob) -> dict[str, Any]:
 
 def _without_machine_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     """Keep the last name of absolute paths: what they hold is known by its sha256."""
-    places = [(recipe["data"], "path"), *((p, "from") for p in recipe["parents"])]
+    places = [(recipe["data"], "path"), (recipe["data"], "tokenizer")]
+    places += [(p, "from") for p in recipe["parents"]]
     anchor = recipe["fuse"].get("anchor") or recipe["fuse"]["ot"].get("anchor")
     if anchor is not None:
         places.append((anchor, "from"))
@@ -317,10 +330,16 @@ def _named(job: BaseJob) -> dict[str, Any]:
     return {p.name: p for p in job.parents}
 
 
-def _teller() -> Callable[[str, Measured], None]:
-    def say(what: str, measured: Measured) -> None:
-        half = (measured.high - measured.low) / 2
-        console.print(f"  {what}: {measured.value:.2%} ± {half:.2%}")
+def int8_loss(job: BaseJob, measured: Mapping[str, Figures]) -> float:
+    """Return how much worse the INT8 file is than the ONNX file, see `Metric.loss`."""
+    metric = job.task.metric
+    got, base = (measured[row][metric.key].value for row in ("onnx-int8", "onnx"))
+    return metric.loss(got, base)
+
+
+def _teller(metric: Metric) -> Callable[[str, Figures], None]:
+    def say(what: str, figures: Figures) -> None:
+        console.print(f"  {what}: {metric.text(figures[metric.key])}")
 
     return say
 

@@ -39,9 +39,12 @@ def pinned(recipe: Recipe, shape: Shape) -> Recipe:
 
 
 def largest_config(configs: Mapping[str, Any], family: Family) -> Any:
-    """Return the widest parent's config with the depth of the deepest."""
+    """Return the widest parent's config with the depth, and kinds of blocks, of the deepest."""
     largest = copy.deepcopy(max(configs.values(), key=lambda c: family.shape(c).hidden_size))
-    largest.num_hidden_layers = max(family.shape(c).num_hidden_layers for c in configs.values())
+    deepest = max(configs.values(), key=lambda c: family.shape(c).num_hidden_layers)
+    largest.num_hidden_layers = family.shape(deepest).num_hidden_layers
+    if getattr(deepest, "layer_types", None):
+        largest.layer_types = list(deepest.layer_types)
     return largest
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,28 +22,30 @@ from slimfuse.families.pretrained import begin
 from slimfuse.finetune.distill import Fetch, distillation_loss, labels_loss
 from slimfuse.finetune.loop import Schedule, fit, steps_of
 from slimfuse.fuse.union import Parent
-from slimfuse.pipeline.common import BaseJob, ParentJob
+from slimfuse.pipeline.common import BaseJob, ParentJob, Part
 from slimfuse.pipeline.fusion_record import save_fusion
 from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.labelling import training_split
 from slimfuse.pipeline.starts import METHODS, Ingredients
 from slimfuse.pipeline.teaching import Teaching, spread
+from slimfuse.pipeline.vocabularies import align
 from slimfuse.recipe import Training
 from slimfuse.store import CHECKPOINT, KEY_LENGTH, Stage, Store, digest
-from slimfuse.tasks import Augmentation, Measured, Samples, accuracy, logits
+from slimfuse.tasks import Augmentation, Evidence, Measured, Samples, answers_of, ask
 
-EVALUATION_BATCH = 256
-Shared = dict[str, Samples]
+ANSWERS = "answers.safetensors"
+Figures = dict[str, Measured]
+Shared = dict[Part, Samples]
 METHOD_OF = {"random-start": "random"}
 """Methods of rows whose name isn't their method's."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """A model's logits on the test set and, where it teaches, on the training set."""
+    """A model's answers on the test set and, where it teaches, those of the training set's rows."""
 
     stage: Stage
-    test: Tensor
+    test: Evidence
     train: Tensor | None
 
 
@@ -57,6 +61,7 @@ class BaseStages(ABC):
             "slimfuse": __version__,
             "versions": {name: version(name) for name in job.libraries},
             "threads": job.threads,
+            "task": job.task.name,
             "processor": job.task.identity(job.processor),
             "data": job.data.fingerprint,
             "limit": [len(job.data.train), len(job.data.test)],
@@ -68,7 +73,8 @@ class BaseStages(ABC):
         """Return a parent's folder and what its content is known by, training it if asked."""
         if parent.folder is not None:
             content = {"weights": parent.sha256, "config": config_values(parent.config)}
-            return parent.folder, digest(content)[:KEY_LENGTH]
+            key = digest(content)[:KEY_LENGTH]
+            return (parent.folder, key) if parent.order is None else self._aligned(parent, key)
         assert parent.train is not None
         inputs = self.base | {
             "config": config_values(parent.config),
@@ -89,14 +95,19 @@ class BaseStages(ABC):
         stage = self.store.stage(f"parent-{parent.name}", inputs, build)
         return stage.path, stage.key
 
+    def _aligned(self, parent: ParentJob, key: str) -> tuple[Path, str]:
+        """Return a copy of a saved parent with the common tokenizer's numbers."""
+        raise AssertionError("only declared families have tokens")
+
     def train(self, model: nn.Module, train: Training, folder: Path, parent: ParentJob) -> None:
         """Train a parent's model on labels and save it."""
         split = training_split(train, self.job.data)
         whole = split is self.job.data.train
         samples = self.samples("train") if whole else self.prepared(split)
+        fetch = self._fetch(samples, train.augment)
         fit(
             model,
-            labels_loss(self._fetch(samples, train.augment), samples.labels, train.label_smoothing),
+            labels_loss(self.job.task, fetch, train.label_smoothing),
             len(samples),
             Schedule(
                 steps_of(len(samples), train.epochs, train.batch_size), train.batch_size, train.lr,
@@ -109,23 +120,29 @@ class BaseStages(ABC):
         self.save(model, folder)
 
     def outputs(self, parent: ParentJob) -> Outputs:
-        """Return a parent's logits: on the test set over all classes, else over its own."""
+        """Return a parent's answers: on the test set over all classes, else over its own."""
         path, key = self.parent(parent)
         teaches = self.teaching.cached and parent in self.job.teachers
+        task = self.job.task
 
         def build(folder: Path) -> None:
             model = self.job.family.load(path)
-            parts = {"test": self.score(model, "test", f"measuring parent {parent.name}")}
+            found = self.ask(model, "test", f"measuring parent {parent.name}")
+            parts = {f"test.{name}": value for name, value in found.items()}
             if teaches:
-                parts["train"] = self.score(model, "train", f"asking teacher {parent.name}")
-            save_file(parts, folder / "logits.safetensors")
+                told = self.ask(model, "train", f"asking teacher {parent.name}")
+                parts["train"] = told[task.answers]
+            save_file(parts, folder / ANSWERS)
 
         stage = self.store.stage(
             f"outputs-{parent.name}", self.base | {"parent": key, "train": teaches}, build
         )
-        loaded = load_file(stage.path / "logits.safetensors")
-        test = spread(loaded["test"], parent.places, len(self.job.data.classes))
-        return Outputs(stage, test, loaded.get("train"))
+        loaded = load_file(stage.path / ANSWERS)
+        train = loaded.pop("train", None)
+        test = {name.removeprefix("test."): value for name, value in loaded.items()}
+        if task.by_class:
+            test["logits"] = spread(test["logits"], parent.places, len(self.job.data.classes))
+        return Outputs(stage, test, train)
 
     # -- the child --------------------------------------------------------------------------
 
@@ -152,15 +169,16 @@ class BaseStages(ABC):
 
         def build(folder: Path) -> None:
             model = self.job.family.load(start.path, attention="eager")
-            samples = self.samples("train")
+            samples, task = self.samples("train"), self.job.task
             losses = fit(
                 model,
                 distillation_loss(
+                    task,
                     self._fetch(samples, spec.augment),
-                    samples.labels,
                     self.teaching.targets(),
                     temperature=spec.distill.temperature,
                     hardness=spec.distill.hardness,
+                    criterion=task.criterion.begun(lambda: self.teaching.first(model, samples)),
                 ),
                 len(samples),
                 self.finetune_schedule,
@@ -179,27 +197,37 @@ class BaseStages(ABC):
         """Steps and rates of finetuning."""
         spec = self.recipe.finetune
         return Schedule(
-            steps_of(len(self.job.data.train), spec.epochs, spec.batch_size), spec.batch_size,
+            steps_of(self.job.count("train"), spec.epochs, spec.batch_size), spec.batch_size,
             spec.lr, spec.weight_decay, spec.warmup, spec.ema, spec.seed,
         )  # fmt: skip
 
-    def scores(self, stage: Stage) -> Tensor:
-        """Return the test logits of a stage's model, through torch."""
+    def evidence(self, stage: Stage) -> Evidence:
+        """Return what a stage's model says of the test set, through torch."""
 
         def build(folder: Path) -> None:
             model = self.job.family.load(stage.path)
-            test = self.score(model, "test", f"measuring {stage.name}")
-            save_file({"test": test}, folder / "logits.safetensors")
+            save_file(self.ask(model, "test", f"measuring {stage.name}"), folder / ANSWERS)
 
         made = self.store.stage(f"scores-{stage.name}", self.base | {"model": stage.key}, build)
-        return load_file(made.path / "logits.safetensors")["test"]
+        return load_file(made.path / ANSWERS)
+
+    def figures(self, evidence: Evidence) -> Figures:
+        """Return the figures of what a model says of the test set."""
+        return self.job.task.figures(evidence, self._reference)
+
+    @cached_property
+    def _reference(self) -> Tensor | None:
+        """What the teachers say together, where figures compare with it."""
+        teachers = self.job.teachers if self.job.task.compares else ()
+        every = [self.outputs(t).test for t in teachers]
+        return self.job.task.gist(every, [t.weight for t in teachers])
 
     # -- helpers ----------------------------------------------------------------------------
 
-    def samples(self, part: str) -> Samples:
+    def samples(self, part: Part) -> Samples:
         """Return a split seen through the preprocessor, prepared once a run."""
         if part not in self.shared:
-            self.shared[part] = self.prepared(getattr(self.job.data, part))
+            self.shared[part] = self.job.samples(part)
         return self.shared[part]
 
     def prepared(self, split: Split, *, uniform: bool = False) -> Samples:
@@ -213,26 +241,36 @@ class BaseStages(ABC):
         return samples, torch.arange(len(samples)).split(self.recipe.fuse.batch_size)
 
     def _fetch(self, samples: Samples, kinds: Sequence[Augmentation]) -> Fetch:
-        return lambda indices: self.job.task.augment(samples[indices], kinds)
+        return lambda indices: self.job.task.examples(samples, indices, kinds)
 
-    def score(self, model: nn.Module, part: str, what: str) -> Tensor:
-        """Return a model's logits on a split."""
-        return logits(model, self.samples(part), batch_size=EVALUATION_BATCH, what=what)
-
-    def accuracy(self, scores: Tensor) -> Measured:
-        """Return the accuracy of test logits."""
-        return accuracy(scores, self.job.data.test.labels)
+    def ask(self, model: nn.Module, part: Part, what: str) -> Evidence:
+        """Return what a model says of a split."""
+        task = self.job.task
+        return ask(answers_of(model, task.output), task, self.samples(part), what=what)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write a model and its preprocessor."""
         self.job.family.save(model, folder)
-        self.job.processor.save_pretrained(folder)
+        self.job.task.save(self.job.processor, folder)
 
 
 class Stages(BaseStages):
     """The stages of a job of a declared family."""
 
     job: Job
+
+    def _aligned(self, parent: ParentJob, key: str) -> tuple[Path, str]:
+        """Return a copy of a saved parent with the common tokenizer's numbers."""
+        folder, order, family = parent.folder, parent.order, self.job.family
+        assert folder is not None and order is not None
+
+        def build(made: Path) -> None:
+            model = align(family, family.load(folder), order, where=f"parents.{parent.name}")
+            self.save(model, made)
+
+        inputs = self.base | {"parent": key, "order": sorted(order.items())}
+        stage = self.store.stage(f"aligned-{parent.name}", inputs, build)
+        return stage.path, stage.key
 
     def start(self, kind: str) -> Stage:
         """Return the model that finetuning starts from: `fused`, or a baseline by its row name."""
@@ -265,7 +303,7 @@ class Stages(BaseStages):
                 parents=loaded,
                 target=model,
                 family=family,
-                batches=lambda: (samples[chunk] for chunk in chunks),
+                batches=lambda: (self.job.task.examples(samples, chunk)[0] for chunk in chunks),
                 n_batches=len(chunks),
                 fuse=fuse,
                 anchor=lambda: family.load(anchor[0] if anchor else ""),
@@ -274,6 +312,9 @@ class Stages(BaseStages):
                 scratch=folder,
             )
             record = METHODS[method](given)
+            told = getattr(loaded[0].model, "generation_config", None) if loaded else None
+            if told is not None:
+                model.generation_config = copy.deepcopy(told)
             save_fusion(record | {"method": method}, folder)
             self.save(model, folder)
 

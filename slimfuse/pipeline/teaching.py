@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimfuse.batch import Batch, call
 from slimfuse.families import Layout
-from slimfuse.finetune.distill import soft_targets
+from slimfuse.finetune.distill import Teach, told
 from slimfuse.fuse.labels import FLOOR, Goals, LabelUnion, Share
 from slimfuse.pipeline.common import ParentJob
 from slimfuse.pipeline.job import Job
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OUTSIDE = -1e4  # the logit of a class that a parent doesn't know
 BATCH = 256
+FIRST = 2048  # training samples that a criterion may look at before the training
 
 
 def spread(scores: Tensor, places: Sequence[int], classes: int) -> Tensor:
@@ -83,10 +84,12 @@ class Teaching:
     def cached(self) -> bool:
         """Whether the teachers' outputs are kept: images come again, the same each time."""
         spec = self.job.recipe.finetune
-        return not spec.augment and spec.epochs > 1
+        return self.job.task.cached and not spec.augment and spec.epochs > 1
 
     def mixed(self, parents: Sequence[ParentJob]) -> bool:
         """Whether some of these parents don't know all classes, or in another order."""
+        if not self.job.task.by_class:
+            return False
         whole = tuple(range(len(self.job.data.classes)))
         return any(p.places != whole for p in parents)
 
@@ -125,28 +128,27 @@ class Teaching:
         assert isinstance(self.job, Job), "only there may parents know other classes"
         return self.job.family.layout(parent.config)
 
-    def targets(self) -> Callable[[Tensor, Batch], Tensor]:
-        """Return (sample indices, inputs) -> soft targets (batch, classes)."""
+    def targets(self) -> Teach:
+        """Return what the teachers say of the rows that count, see `Teach`."""
         temperature = self.job.recipe.finetune.distill.temperature
-        teachers, family = self.job.teachers, self.job.family
+        teachers, family, task = self.job.teachers, self.job.family, self.job.task
         weights = [t.weight for t in teachers]
         if self.cached and not self.mixed(teachers):
             kept = [self.stages.outputs(t).train for t in teachers]
-            soft = soft_targets([k for k in kept if k is not None], weights, temperature)
-            return lambda indices, _inputs: soft[indices]
+            every = task.criterion.combine([k for k in kept if k is not None], weights, temperature)
+            return lambda indices, _inputs, _labels: every[indices]
         models = [family.load(self.stages.parent(t)[0], attention="eager") for t in teachers]
         if not self.mixed(teachers):
 
-            def ask(_indices: Tensor, inputs: Batch) -> Tensor:
-                with torch.no_grad():
-                    scores = [call(m, inputs).logits for m in models]
-                return soft_targets(scores, weights, temperature)
+            def say(_indices: Tensor, inputs: Batch, labels: Tensor) -> Tensor:
+                answers = [told(task, m, inputs, labels) for m in models]
+                return task.criterion.combine(answers, weights, temperature)
 
-            return ask
+            return say
         union = self._union(teachers, models)
         layouts = [self._layout(t) for t in teachers]
 
-        def unite(_indices: Tensor, inputs: Batch) -> Tensor:
+        def unite(_indices: Tensor, inputs: Batch, _labels: Tensor) -> Tensor:
             with torch.autocast(inputs.device.type, enabled=False):
                 answers = [answer(m, lay, inputs) for m, lay in zip(models, layouts, strict=True)]
             scores, features = ([a[i].float() for a in answers] for i in (0, 1))
@@ -156,5 +158,18 @@ class Teaching:
             return unite
         samples = self.stages.samples("train")
         chunks = torch.arange(len(samples)).split(BATCH)
-        every = torch.cat([unite(chunk, samples[chunk]) for chunk in chunks])
-        return lambda indices, _inputs: every[indices]
+        soft = torch.cat([unite(chunk, samples[chunk], chunk) for chunk in chunks])
+        return lambda indices, _inputs, _labels: soft[indices]
+
+    def first(self, model: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Return the rows of a model and of the teachers on some training samples."""
+        task, teach = self.job.task, self.targets()
+        generator = torch.Generator().manual_seed(self.job.recipe.finetune.seed)
+        some = torch.randperm(len(samples), generator=generator)[:FIRST]
+        rows, targets = [], []
+        model.eval()
+        for chunk in some.split(task.batch_size):
+            inputs, labels = task.examples(samples, chunk)
+            rows.append(told(task, model, inputs, labels))
+            targets.append(teach(chunk, inputs, labels))
+        return torch.cat(rows), torch.cat(targets)

@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from slimfuse.batch import Batch
-from slimfuse.data import TextData, load_texts, load_wordnet
-from slimfuse.errors import ParentError
+from slimfuse.data import (
+    TextData,
+    load_anarchism,
+    load_texts,
+    load_vader,
+    load_wordnet,
+    unlabelled,
+)
+from slimfuse.errors import DataError, ParentError
 from slimfuse.families import Family, TextFamily
 from slimfuse.pipeline.labelling import limited
+from slimfuse.pipeline.lookup import TOKENIZER, find_folder
+from slimfuse.pipeline.new_tokenizer import train_tokenizer
+from slimfuse.pipeline.shaping import shape_of
+from slimfuse.pipeline.vocabularies import Order, common_tokenizer, first_position
+from slimfuse.progress import working
 from slimfuse.recipe import Data, TrainConfig
-from slimfuse.tasks.text_classification import TextClassification, backend
+from slimfuse.tasks.text_classification import TextClassification
+from slimfuse.tasks.texts import TextTask
 
-TASK = TextClassification()
 SEEN = 512  # texts that say how long a usual one is
 USUAL = 0.9  # of all texts are no longer than a usual one
-LISTED = 5  # tokens in an error
+BLOCK = 512  # most tokens of a block, and of a new model's texts, if the recipe doesn't say
+SPECIAL = ("pad", "bos", "eos")  # tokens whose numbers a config keeps
+READY = {"wordnet": load_wordnet, "vader": load_vader, "anarchism": load_anarchism}
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What a recipe's texts are to its models."""
+    """What a recipe's texts are to its models.
+
+    orders: of the models with the same tokenizer, but for its tokens' numbers; each has to be
+    aligned (`vocabularies.align`) before it sees these texts. rows: of a new model's vocabulary;
+    positions: how long its texts may be.
+    """
 
     data: TextData
     preprocessor: Any
+    task: TextTask = field(default_factory=TextClassification)
+    orders: Mapping[str, Order] = field(default_factory=dict)
+    rows: int = 0
+    positions: int = 0
 
     def new_config(
         self, family: Family, spec: TrainConfig, labels: Sequence[str], where: str
     ) -> Any:
-        """Refuse: a text model needs a tokenizer, which only a saved one brings."""
-        raise ParentError(
-            "models of texts can't be trained from scratch",
-            where=f"{where}.config",
-            hint="name a pretrained model under train.start",
+        """Return the config of a model that the run trains, for this tokenizer."""
+        special = {
+            f"{kind}_token_id": getattr(self.preprocessor, f"{kind}_token_id") for kind in SPECIAL
+        }
+        return new_text_config(
+            family, spec, labels, vocab_size=self.rows, positions=self.positions, **special
         )
 
     @cached_property
     def usual(self) -> Batch:
-        """Two texts, padded to a length that nine of ten don't pass."""
-        texts = TASK.samples(self.data.test.sample(SEEN, 0), self.preprocessor)
+        """Two texts, padded to a length that nine of ten don't pass; or two blocks."""
+        split = self.data.test if self.task.joins else self.data.test.sample(SEEN, 0)
+        texts = self.task.samples(split, self.preprocessor)
         size = int(texts.lengths.double().quantile(USUAL, interpolation="higher"))
         fitting = (texts.lengths <= size).nonzero()[:, 0]
         longest = fitting[texts.lengths[fitting].argsort(descending=True)]
@@ -60,9 +84,14 @@ class Texts:
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of the tokens that are kept in memory: Python's lists of whole numbers."""
-        tokens = self.tokens(None) * (len(self.data.train) + len(self.data.test))
-        return 3 * 8 * tokens
+        """Bytes of the tokens that are kept in memory: Python's lists of whole numbers.
+
+        Of blocks 4 a token, guessed from the number of letters: few tokens are shorter than three.
+        """
+        splits = (self.data.train, self.data.test)
+        if self.task.joins:
+            return sum(4 * len(split.items[i]) // 3 for split in splits for i in range(len(split)))
+        return 3 * 8 * self.tokens(None) * sum(len(split) for split in splits)
 
     @property
     def example(self) -> Batch:
@@ -76,33 +105,98 @@ def open_texts(
     folders: Mapping[str, Path],
     configs: Mapping[str, Any],
     beside: Path,
+    task: TextTask,
 ) -> Texts:
     """Return a recipe's texts and the tokenizer of the models in `folders`.
 
-    configs: of all of them. Raises ParentError or DataError.
+    configs: of all of them. The models in `Texts.orders` are yet to be aligned. Raises ParentError
+    or DataError.
     """
-    data = load(spec, beside)
-    longest = [c.max_position_embeddings - family.first_position(c) for c in configs.values()]
-    tokenizer = common_tokenizer(folders)
-    wanted = [spec.max_length] if spec.max_length is not None else [tokenizer.model_max_length]
-    tokenizer.model_max_length = int(min(*wanted, *longest))
-    if spec.max_length is not None and spec.max_length > min(longest):
+    data = load(spec, beside, labels=task.labelled)
+    saved = [c.max_position_embeddings - first_position(family, c) for c in configs.values()]
+    tokenizer, orders = find_tokenizer(spec, family, folders, beside, task, data)
+    tokenizer.model_max_length = longest(spec, task, saved, tokenizer.model_max_length)
+    own = task.of(data)
+    assert isinstance(own, TextTask)
+    # a new model is to be fused with the saved ones, so it has their sizes
+    rows = max((int(c.vocab_size) for c in configs.values()), default=len(tokenizer))
+    positions = min(saved, default=tokenizer.model_max_length)
+    return Texts(data, tokenizer, own, orders, rows, positions)
+
+
+def longest(spec: Data, task: TextTask, saved: Sequence[int], own: int | None = None) -> int:
+    """Return the most tokens of a text: the recipe's, else what tokenizer and models take.
+
+    saved: what the saved models take; own: the tokenizer, where it was opened. Raises ParentError
+    where the recipe's texts are longer than the models take.
+    """
+    if spec.max_length is not None:
+        if saved and spec.max_length > min(saved):
+            raise ParentError(
+                "texts can't be longer than the parents take",
+                where="data.max_length",
+                got=spec.max_length,
+                allowed=f"1 … {min(saved)} tokens",
+            )
+        return spec.max_length
+    every = [*saved, *([] if own is None else [own])]
+    return int(min([*every, BLOCK] if task.joins or not saved else every))
+
+
+def find_tokenizer(
+    spec: Data,
+    family: TextFamily,
+    folders: Mapping[str, Path],
+    beside: Path,
+    task: TextTask,
+    data: TextData,
+) -> tuple[Any, dict[str, Order]]:
+    """Return the tokenizer of all models, and the order of each one with other numbers.
+
+    It is the recipe's own, with which that of every saved model has to agree, or the saved models'
+    (in `folders`), or is trained on the training texts. Raises ParentError.
+    """
+    every = dict(folders)
+    if spec.tokenizer is not None:
+        home = find_folder(spec.tokenizer, beside, TOKENIZER, where="data.tokenizer")
+        every = {"the recipe's tokenizer": home} | every
+    if not every:
+        assert spec.vocabulary is not None, "the recipe was checked"
+        items = data.train.items
+        with working("training a tokenizer"):
+            length = spec.max_length or BLOCK
+            tokenizer = train_tokenizer(list(items), spec.vocabulary, family.name, length)
+        return tokenizer, {}
+    tokenizer, orders = common_tokenizer(task, every)
+    if task.name == "masked-lm" and tokenizer.mask_token_id is None:
         raise ParentError(
-            "texts can't be longer than the parents take",
-            where="data.max_length",
-            got=spec.max_length,
-            allowed=f"1 … {min(longest)} tokens",
+            "the tokenizer has no token for what is masked",
+            where="data.tokenizer" if spec.tokenizer is not None else "parents",
+            hint="name its mask_token in tokenizer_config.json",
         )
-    return Texts(data, tokenizer)
+    return tokenizer, orders
 
 
-def load(spec: Data, beside: Path) -> TextData:
-    """Return the texts of a recipe, cut to its limits."""
+def new_text_config(
+    family: Family, spec: TrainConfig, labels: Sequence[str], **inputs: int | None
+) -> Any:
+    """Return the config of a new model of texts; inputs: what its tokenizer says, see families."""
+    given: dict[str, Any] = dict(inputs)
+    if labels:
+        given["labels"] = labels
+    if spec.num_key_value_heads is not None:
+        given["key_heads"] = spec.num_key_value_heads
+    return family.new_config(shape_of(spec), **given)
+
+
+def load(spec: Data, beside: Path, *, labels: bool = True) -> TextData:
+    """Return the texts of a recipe, cut to its limits; labels: whether the task needs them."""
     path = spec.path
     if path is not None and (beside / path).exists():
         path = str(beside / path)
-    if spec.source == "wordnet":
-        data = load_wordnet(path)
+    if spec.source in READY:
+        data = READY[spec.source](path)
+        data = data if labels else unlabelled(data)
     else:
         assert path is not None
         data = load_texts(
@@ -112,38 +206,16 @@ def load(spec: Data, beside: Path) -> TextData:
             train_split=spec.train_split,
             test_split=spec.test_split,
             text_column=spec.text_column,
-            label_column=spec.label_column,
+            label_column=spec.label_columns or spec.label_column,
+            kind=spec.kind if labels else "none",
+            separator=spec.label_separator,
+            unit=spec.text_unit,
+        )
+    if labels and data.kind == "none":
+        raise DataError(
+            "the texts have no labels",
+            where="data.source",
+            got=spec.source,
+            hint="take another source, or a task that needs none",
         )
     return limited(data, spec)
-
-
-def common_tokenizer(folders: Mapping[str, Path]) -> Any:
-    """Return the tokenizer that all models share; raises ParentError where they differ."""
-    found = {name: TASK.load(folder) for name, folder in folders.items()}
-    (first, base), *others = found.items()
-    for name, tokenizer in others:
-        differing = _differences(first, base, name, tokenizer)
-        if differing:
-            raise ParentError(
-                "the parents cut texts into other tokens",
-                where="tokenizer.json",
-                got="; ".join(differing),
-                hint="fuse models with one tokenizer",
-            )
-    base.model_max_length = min(t.model_max_length for t in found.values())
-    return base
-
-
-def _differences(first: str, base: Any, name: str, other: Any) -> list[str]:
-    """Return what keeps two tokenizers apart, one line each."""
-    one, two = base.get_vocab(), other.get_vocab()
-    if one != two:
-        odd = sorted(t for t in one.keys() | two.keys() if one.get(t) != two.get(t))
-        shown = ", ".join(repr(t) for t in odd[:LISTED])
-        return [
-            f"vocabulary: {first} has {len(one)} tokens, {name} {len(two)}, {len(odd)} differ, "
-            f"such as {shown}"
-        ]
-    left, right = json.loads(backend(base)), json.loads(backend(other))
-    keys = [k for k in left.keys() | right.keys() if left.get(k) != right.get(k)]
-    return [f"{key} of {first} and {name}" for key in sorted(keys)]

@@ -13,6 +13,7 @@ from slimfuse.families import Family
 from slimfuse.onnx import export_onnx
 from slimfuse.progress import working
 from slimfuse.recipe import Recipe
+from slimfuse.tasks import TASKS
 
 MIN_SECONDS = 1.0
 
@@ -55,6 +56,7 @@ class Timer:
     def _export(self, config: Any) -> Path:
         path = Path(self._folder.name) / f"{self._count}.onnx"
         self._count += 1
-        model = self.family.build(config, attention="eager")
-        export_onnx(model, self.example, path, opset=self.recipe.export.opset)
+        model = self.family.stock_form(self.family.build(config, attention="eager"))
+        opset, output = self.recipe.export.opset, TASKS[self.recipe.task].output
+        export_onnx(model, self.example, path, opset=opset, output=output)
         return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -38,46 +38,96 @@ class Calibration(Strict):
     seed: Seed = Field(0, description="Seed of their choice.")
 
 
-COLUMNS = ("train_split", "test_split", "image_column", "text_column", "label_column")
+COLUMNS = (
+    "train_split", "test_split", "image_column", "text_column", "label_column", "label_columns",
+    "label_separator",
+)  # fmt: skip
 IMAGES = ("digits", "fashion-mnist", "imagefolder")
-TEXTS = ("wordnet", "textfolder")
+TEXTS = ("wordnet", "vader", "anarchism", "textfolder")
 SOURCES = (*IMAGES, *TEXTS, "datasets")
+READY = ("digits", "fashion-mnist", "wordnet", "vader", "anarchism")
+"""Sources whose splits, columns and labels are what they are."""
+
+UNLABELLED = ("anarchism",)
+LabelKind = Literal["single", "multi", "regression"]
 
 
 class Data(Strict):
     """The data set that trains, calibrates and tests every model of the run."""
 
     source: Literal[
-        "digits", "fashion-mnist", "imagefolder", "wordnet", "textfolder", "datasets"
+        "digits", "fashion-mnist", "imagefolder", "wordnet", "vader", "anarchism", "textfolder",
+        "datasets",
     ] = Field(
         description="Kind of data set: digits comes with scikit-learn, datasets is the library, "
-        "wordnet are glosses of nouns, a textfolder holds train and test as .csv or .jsonl."
-    )
+        "wordnet are glosses of nouns, vader sentences with ratings, anarchism is English prose "
+        "without labels, a textfolder holds train and test as .csv, .jsonl or, without labels, "
+        ".txt."
+    )  # fmt: skip
     path: Location | None = Field(
         None,
         description="Folder of an imagefolder or textfolder; name or local folder for datasets; "
-        "optionally the folder with the files of fashion-mnist or wordnet.",
+        "optionally the folder with the files of fashion-mnist, wordnet, vader or anarchism.",
     )
     config: Text | None = Field(None, description="Configuration name, for datasets only.")
     train_split: Text = Field("train", description="Name of the training split.")
     test_split: Text = Field("test", description="Name of the split that is measured.")
     image_column: Text = Field("image", description="Column with the picture.")
     text_column: Text = Field("text", description="Column with the text.")
-    label_column: Text = Field("label", description="Column with the class.")
+    text_unit: Literal["line", "paragraph"] = Field(
+        "line",
+        description="What one text of a .txt file is: a line, or the lines up to an empty one.",
+    )
+    label_kind: LabelKind | None = Field(
+        None,
+        description="What a text's label is: one class, any number of classes, or a number; null: "
+        "a number for vader, else one class. Tasks without labels ignore it and the columns.",
+    )
+    label_column: Text = Field(
+        "label", description="Column with the class, the list of classes or the number."
+    )
+    label_columns: Distinct[Text] = Field(
+        (), description="For multi, in place of label_column: columns of 0 and 1, one a class."
+    )
+    label_separator: Text | None = Field(
+        None, description="For multi: what stands between the classes in one cell; null: a list."
+    )
     image_size: Count | None = Field(
         None, description="Side of the square input in pixels; null: the parents' or native size."
     )
     max_length: Count | None = Field(
-        None, description="Most tokens of a text; null: what the tokenizer and the parents take."
+        None,
+        description="Most tokens of a text, or those of a block; null: what the tokenizer and the "
+        "parents take, of a block at most 512.",
+    )
+    tokenizer: Location | None = Field(
+        None,
+        description="Saved tokenizer of all models: folder, hub id or package:NAME; null: that of "
+        "the saved parents.",
+    )
+    vocabulary: Annotated[int, Field(ge=300, le=1_000_000)] | None = Field(
+        None,
+        description="Train a tokenizer of at most so many tokens on the training texts, where no "
+        "saved model brings one.",
+    )
+    packing: bool = Field(
+        True,
+        description="For language models: join the texts and cut them into blocks of max_length "
+        "tokens; false: one text a sample.",
     )
     limit: Limit = Field(Limit(), description="Caps on the number of samples.")
     calibration: Calibration = Field(
         Calibration(), description="Training samples on which activations are observed."
     )
 
+    @property
+    def kind(self) -> LabelKind:
+        """What a label is, where the task has any."""
+        return self.label_kind or ("regression" if self.source == "vader" else "single")
+
     @classmethod
     def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
-        """Say which sources need a path, and which take neither a path nor a config."""
+        """Say which sources need a path, and which keys don't go with a source or a label."""
         source, path, config = raw.get("source"), raw.get("path"), raw.get("config")
         findings = []
         if source in ("imagefolder", "textfolder", "datasets") and path is None:
@@ -87,13 +137,46 @@ class Data(Strict):
         if source != "datasets" and source in SOURCES and config is not None:
             what = f"source {source!r} takes no config"
             findings.append(Finding(("config",), what, allowed="null"))
-        if source in ("digits", "fashion-mnist", "wordnet"):
-            for key in COLUMNS:
-                default = cls.model_fields[key].default
-                if raw.get(key, default) != default:
-                    what = f"source {source!r} takes no {key}"
-                    findings.append(Finding((key,), what, allowed="no such key"))
-        return findings
+        foreign = [*COLUMNS] if source in READY else []
+        foreign += ["text_unit"] if source in SOURCES and source != "textfolder" else []
+        for key in foreign:
+            if not _default(cls, raw, key):
+                what = f"source {source!r} takes no {key}"
+                findings.append(Finding((key,), what, allowed="no such key"))
+        if raw.get("tokenizer") is not None and raw.get("vocabulary") is not None:
+            what = "stands beside 'tokenizer'"
+            findings.append(Finding(("vocabulary",), what, allowed="one of the two"))
+        return findings + _check_labels(cls, raw)
+
+
+def _check_labels(model: type[Strict], raw: Mapping[str, Any]) -> list[Finding]:
+    """Return what doesn't go with the kind of label."""
+    source, kind = raw.get("source"), raw.get("label_kind")
+    findings = []
+    fixed = {"vader": "regression"}.get(source, "single") if source in (*READY, *IMAGES) else None
+    if fixed is not None and kind not in (None, fixed):
+        what = f"source {source!r} has no such labels"
+        findings.append(Finding(("label_kind",), what, allowed=f"null or {fixed}"))
+    if kind != "multi" and fixed is None:
+        findings += [
+            Finding((key,), "goes only with label_kind 'multi'", allowed="no such key")
+            for key in ("label_columns", "label_separator")
+            if not _default(model, raw, key)
+        ]
+    elif raw.get("label_columns"):
+        findings += [
+            Finding((key,), "stands beside label_columns", allowed="one of the two")
+            for key in ("label_column", "label_separator")
+            if not _default(model, raw, key)
+        ]
+    return findings
+
+
+def _default(model: type[Strict], raw: Mapping[str, Any], key: str) -> bool:
+    """Return whether a key has its default."""
+    default = model.model_fields[key].default
+    value = raw.get(key, default)
+    return bool(value == default or (default == () and value in ([], ())))
 
 
 class TrainConfig(Strict):
@@ -103,7 +186,13 @@ class TrainConfig(Strict):
     num_hidden_layers: Count = Field(description="Number of blocks.")
     num_attention_heads: Count = Field(description="Heads per block; must divide hidden_size.")
     intermediate_size: Count = Field(description="Width of each MLP, in units.")
-    patch_size: Count = Field(description="Side of a square patch in pixels.")
+    patch_size: Count | None = Field(
+        None, description="Side of a square patch in pixels; images need it, texts have none."
+    )
+    num_key_value_heads: Count | None = Field(
+        None,
+        description="Key heads of a decoder with grouped queries; null: as many as heads.",
+    )
 
     @classmethod
     def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
@@ -174,7 +263,8 @@ class Parent(Strict):
     from_: Location | None = Field(
         None,
         alias="from",
-        description="Local folder, hub id or package:NAME; exactly one of from and train.",
+        description="Local folder or .gguf file, hub id or package:NAME; exactly one of from and "
+        "train.",
     )
     train: Train | None = Field(
         None, description="Train it in this run; exactly one of from and train."

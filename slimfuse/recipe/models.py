@@ -34,7 +34,11 @@ RESERVED_NAMES = (
 )  # fmt: skip
 """Names of the report's other rows, so no parent may have them."""
 
-GATE_LIMITS = {"accuracy": "max_drop", "latency_p50": "min_speedup", "params": "max_ratio"}
+QUALITY = ("accuracy", "micro_f1", "spearman", "perplexity")
+GATE_LIMITS = dict.fromkeys(QUALITY, "max_drop") | {
+    "latency_p50": "min_speedup",
+    "params": "max_ratio",
+}
 
 
 class Distill(Strict):
@@ -74,7 +78,7 @@ class Quantize(Strict):
         "auto", description="auto: dynamic where max_drop holds; dynamic: always; none: never."
     )
     max_drop: Fraction = Field(
-        0.01, description="Largest loss of accuracy against the ONNX model, absolute, 0 to 1."
+        0.01, description="Largest loss of the task's metric against the ONNX model, 0 to 1."
     )
 
 
@@ -84,7 +88,7 @@ class Export(Strict):
     opset: int = Field(20, ge=18, le=24, description="ONNX operator set.")
     quantize: Quantize = Field(Quantize(), description="The INT8 copy.")
     parity_atol: Positive = Field(
-        1e-4, description="Largest difference between torch's and ONNX's logits, absolute."
+        1e-4, description="Largest difference between torch's and ONNX's answers, absolute."
     )
 
 
@@ -100,10 +104,13 @@ class Bench(Strict):
 class Gate(Strict):
     """A condition that the finished model has to meet; the run exits with 3 where it fails."""
 
-    metric: Literal["accuracy", "latency_p50", "params"] = Field(description="What is measured.")
+    metric: Literal["accuracy", "micro_f1", "spearman", "perplexity", "latency_p50", "params"] = (
+        Field(description="What is measured: the task's metric, latency_p50 or params.")
+    )
     max_drop: Fraction | None = Field(
         None,
-        description="For accuracy: largest absolute loss against the better parent, 0 to 1.",
+        description="For the task's metric: largest loss against the better parent, 0 to 1; "
+        "absolute, of perplexity the share by which it is larger.",
     )
     min_speedup: Positive | None = Field(
         None, description="For latency_p50: smallest ratio of the parent's to the model's median."
@@ -156,12 +163,14 @@ class Recipe(Strict):
 
     version: Annotated[Literal[1], ExactInt] = Field(description="Version of this format.")
     name: Slug = Field(description="Name of the run and of its folder.")
-    family: Literal["vit", "deit", "bert", "roberta", "distilbert", "electra"] = Field(
-        description="Model family of the parents and the target."
-    )
-    task: Literal["image-classification", "text-classification"] = Field(
-        description="What the models do."
-    )
+    family: Literal[
+        "vit", "deit", "dinov2", "timm-vit", "bert", "roberta", "distilbert", "mpnet", "electra",
+        "gpt2", "llama", "qwen2", "qwen3", "gemma3",
+    ] = Field(description="Model family of the parents and the target.")  # fmt: skip
+    task: Literal[
+        "image-classification", "text-classification", "masked-lm", "causal-lm",
+        "sentence-embedding", "feature-extraction",
+    ] = Field(description="What the models do.")  # fmt: skip
     data: Data = Field(description="The data set.")
     parents: Parents = Field(description="The trained models to fuse, 1 to 8, of any widths.")
     target: Target = Field(description="The fused model's shape.")

@@ -7,7 +7,9 @@ import re
 from slimfuse.report.rows import Figure, Row, Speedup
 
 _FIRST = ("accuracy", "top1", "f1", "matthews", "pearson", "spearman", "perplexity", "loss")
-_SHARES = ("accuracy", "top", "f1", "precision", "recall", "auc", "agreement", "error", "ece")
+_SHARES = (
+    "accuracy", "top", "f1", "precision", "recall", "auc", "agreement", "overlap", "error", "ece",
+)  # fmt: skip
 _LOWER = ("perplexity", "loss", "nll", "bits", "error", "ece", "rmse", "mae", "brier")
 
 

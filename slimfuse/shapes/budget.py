@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +49,13 @@ class Meter:
         except ShapeError as error:
             return error
         return None
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the class knows the MLP's width only as a whole multiple of the stream's."""
+        less = replace(self.top, intermediate_size=self.top.intermediate_size - 1)
+        error = self.why_illegal(less)
+        return error is not None and error.where == "target.intermediate_size"
 
     def params(self, shape: Shape) -> int:
         """Return the number of weights, counted on the family's own model without memory."""

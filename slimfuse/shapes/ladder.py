@@ -19,8 +19,19 @@ STEPS: Mapping[str, tuple[tuple[int, int], ...]] = {
 EVERY = ((1, 0),)
 
 
-def grid(axis: str, base: Shape, meter: Meter) -> list[int]:
+def changed(base: Shape, axis: str, value: int, *, follow: bool = False) -> Shape:
+    """Return a shape with another value; follow: the MLP keeps its ratio to a changed width."""
+    shape = replace(base, **{axis: value})
+    if follow and axis == "hidden_size":
+        inner = base.intermediate_size * value // base.hidden_size
+        shape = replace(shape, intermediate_size=inner)
+    return shape
+
+
+def grid(axis: str, base: Shape, meter: Meter, *, follow: bool = False) -> list[int]:
     """Return the sensible legal values of one axis, ascending, the other axes as in `base`.
+
+    follow: the MLP's width steps with the stream's, see `changed`.
 
     hidden_size: multiples of 8 where they leave at least 8 values; intermediate_size: of 16
     where they leave at least 64, else of 8 where they leave 8; otherwise every value. The
@@ -29,7 +40,8 @@ def grid(axis: str, base: Shape, meter: Meter) -> list[int]:
     top = getattr(meter.top, axis)
 
     def legal(values: range) -> list[int]:
-        return [v for v in values if meter.why_illegal(replace(base, **{axis: v})) is None]
+        tried = {v: changed(base, axis, v, follow=follow) for v in values}
+        return [v for v, shape in tried.items() if meter.why_illegal(shape) is None]
 
     for step, enough in STEPS.get(axis, EVERY):
         values = legal(range(step, top + 1, step))
@@ -47,26 +59,32 @@ def ladder(start: Shape, free: tuple[str, ...], meter: Meter) -> list[Shape]:
     nearest to r × the parent's; the ladder is every shape met as r falls from 1 to 0, and where
     several axes step down at one r, the finest step comes first. No axis ever grows on the way
     down, so neither do parameters and FLOPs.
-    Heads that are free with hidden_size keep the parent's head size: both fall together.
+    Heads that are free with hidden_size keep the parent's head size: both fall together. So does
+    an MLP that is free with it, where the class ties their widths.
     """
-    together = {"hidden_size", "num_attention_heads"} <= set(free)
+    heads_fall = {"hidden_size", "num_attention_heads"} <= set(free)
+    follow = meter.tied and {"hidden_size", "intermediate_size"} <= set(free)
+    falling = ["num_attention_heads"] * heads_fall + ["intermediate_size"] * follow
     dials: list[list[tuple[Fraction, dict[str, int]]]] = []
     for axis in free:
-        if together and axis == "num_attention_heads":
+        if axis in falling:
             continue
-        if together and axis == "hidden_size":
+        if axis == "hidden_size" and heads_fall:
             units = meter.family.head_dims(meter.config)
-            heads = meter.top.num_attention_heads
-            settings = [
-                (Fraction(h, heads), {"hidden_size": h * units, "num_attention_heads": h})
-                for h in range(heads, 0, -1)
-                if meter.why_illegal(
-                    replace(start, hidden_size=h * units, num_attention_heads=h)
-                ) is None
-            ]  # fmt: skip
+            shapes = [
+                changed(replace(start, num_attention_heads=h), axis, h * units, follow=follow)
+                for h in range(meter.top.num_attention_heads, 0, -1)
+            ]
+            shapes = [shape for shape in shapes if meter.why_illegal(shape) is None]
         else:
-            top = getattr(meter.top, axis)
-            settings = [(Fraction(v, top), {axis: v}) for v in reversed(grid(axis, start, meter))]
+            values = reversed(grid(axis, start, meter, follow=follow))
+            shapes = [changed(start, axis, value, follow=follow) for value in values]
+        axes = [axis, *falling] if axis == "hidden_size" else [axis]
+        top = getattr(meter.top, axis)
+        settings = [
+            (Fraction(getattr(shape, axis), top), {a: getattr(shape, a) for a in axes})
+            for shape in shapes
+        ]
         if settings:
             dials.append(settings)
     turns = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from slimfuse.errors import ShapeError
 from slimfuse.families import Shape
 from slimfuse.shapes.budget import Meter
+from slimfuse.shapes.ladder import changed
 
 HEADER = ("", "shape", "params", "ratio", "FLOPs", "ratio", "latency", "why not")
 
@@ -98,13 +99,15 @@ class Draft:
         ratios = params / meter.params(top), flops / meter.flops(top)
         return Option(shape, params, flops, *ratios, latency)
 
-    def nearest(self, base: Shape, axis: str, goal: float) -> int:
-        """Return the legal value nearest to `goal`, the larger at a tie; ShapeError if none."""
+    def nearest(self, base: Shape, axis: str, goal: float, *, follow: bool = False) -> int:
+        """Return the legal value nearest to `goal`, the larger at a tie; ShapeError if none.
+
+        follow: the MLP's width steps with the stream's.
+        """
         values = range(1, getattr(self.meter.top, axis) + 1)
         first: ShapeError | None = None
         for value in sorted(values, key=lambda v: (abs(v - goal), -v)):
-            tried = replace(base, **{axis: value})
-            error = self.meter.why_illegal(tried)
+            error = self.meter.why_illegal(changed(base, axis, value, follow=follow))
             if error is None:
                 return value
             if first is None:  # what plain rounding would have taken
@@ -113,10 +116,12 @@ class Draft:
         assert first is not None
         raise first
 
-    def rounded(self, base: Shape, axis: str, ratio: float, *, said: bool = True) -> int:
+    def rounded(
+        self, base: Shape, axis: str, ratio: float, *, said: bool = True, follow: bool = False
+    ) -> int:
         """Return the legal value nearest to a ratio of the parent's, and note the rounding."""
         top = getattr(self.meter.top, axis)
-        value = self.nearest(base, axis, ratio * top)
+        value = self.nearest(base, axis, ratio * top, follow=follow)
         if said and abs(value - ratio * top) > 1e-9 * top:  # beyond the float of 0.1 · 30
             self.notes.append(
                 f"{axis}: {ratio:g} of the parent's {top} is {ratio * top:g}; "

@@ -9,7 +9,7 @@ from typing import Any
 from slimfuse.errors import ShapeError
 from slimfuse.families import Family, Shape
 from slimfuse.shapes.budget import Meter, TimeRatio, largest
-from slimfuse.shapes.ladder import grid, ladder
+from slimfuse.shapes.ladder import changed, grid, ladder
 from slimfuse.shapes.proposal import Draft, Proposal, Refusal
 from slimfuse.shapes.wish import AXES, Budget, Wish
 
@@ -39,7 +39,7 @@ def resolve(
     if wish.num_attention_heads is None and "num_attention_heads" not in wish.shrinking:
         draft.notes.append(_heads_note(shape, draft.meter))
     for axis, value in draft.tried:
-        other = replace(shape, **{axis: value})
+        other = changed(shape, axis, value, follow=_follows(wish, draft.meter))
         error = draft.meter.why_illegal(other)
         if error is not None:
             draft.refuse(other, error)
@@ -57,11 +57,13 @@ def _start(wish: Wish, draft: Draft) -> Shape:
     """Return the shape without the budget: free axes are as large as they can be."""
     meter, top, free = draft.meter, draft.meter.top, wish.shrinking
     hidden, heads = wish.hidden_size, wish.num_attention_heads
-    shape = top
+    follow, shape = _follows(wish, meter), top
+    if meter.tied and isinstance(wish.intermediate_size, int):  # decides which widths are legal
+        shape = replace(shape, intermediate_size=wish.intermediate_size)
     if isinstance(heads, int):
         shape = replace(shape, num_attention_heads=heads)
     if isinstance(hidden, int):
-        shape = replace(shape, hidden_size=hidden)
+        shape = changed(shape, "hidden_size", hidden, follow=follow)
     if isinstance(heads, float) or (heads is None and "num_attention_heads" in free):
         ratio = 1.0 if heads is None else heads
         if isinstance(hidden, int):
@@ -76,7 +78,8 @@ def _start(wish: Wish, draft: Draft) -> Shape:
         shape = replace(shape, num_attention_heads=value)
     if not isinstance(hidden, int):
         ratio = 1.0 if hidden is None else hidden
-        shape = replace(shape, hidden_size=draft.rounded(shape, "hidden_size", ratio))
+        width = draft.rounded(shape, "hidden_size", ratio, follow=follow)
+        shape = changed(shape, "hidden_size", width, follow=follow)
     _check_width(shape, meter)
 
     depth = wish.num_hidden_layers
@@ -99,6 +102,11 @@ def _start(wish: Wish, draft: Draft) -> Shape:
         shape = replace(shape, intermediate_size=inner)
     meter.narrow(shape)  # raises for an illegal number
     return shape
+
+
+def _follows(wish: Wish, meter: Meter) -> bool:
+    """Say whether the MLP's width steps with the stream's: tied by the class, no number given."""
+    return meter.tied and not isinstance(wish.intermediate_size, int)
 
 
 def _check_width(shape: Shape, meter: Meter) -> None:
@@ -196,9 +204,11 @@ def _fill(wish: Wish, budget: Budget, start: Shape, shape: Shape, meter: Meter) 
     for axis in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
         if axis not in rest:
             continue
-        kept = {axis}
+        kept: set[str] = {axis}
         if axis == "hidden_size":
             kept.add("num_attention_heads")  # they fell together where both are free
+            if meter.tied:
+                kept.add("intermediate_size")  # so did these
         start = replace(start, **{a: getattr(shape, a) for a in kept & set(rest)})
         rest = tuple(a for a in rest if a not in kept)
         if rest:
@@ -238,7 +248,7 @@ def _neighbours(wish: Wish, shape: Shape, draft: Draft) -> list[Shape]:
     found = []
     for axis in axes:
         value = getattr(shape, axis)
-        values = grid(axis, shape, meter)
+        values = grid(axis, shape, meter, follow=_follows(wish, meter))
         below, above = [v for v in values if v < value], [v for v in values if v > value]
         for other in below[-1:] + above[:1]:
             found.append(_changed(wish, shape, axis, other, draft))
@@ -255,13 +265,13 @@ def _neighbours(wish: Wish, shape: Shape, draft: Draft) -> list[Shape]:
 
 def _changed(wish: Wish, shape: Shape, axis: str, value: int, draft: Draft) -> Shape:
     """Return the shape with one other value; an MLP width that follows hidden_size follows."""
-    changed = replace(shape, **{axis: value})
-    follows = wish.intermediate_size is None and "intermediate_size" not in wish.shrinking
-    if axis == "hidden_size" and follows and wish.budget is None:
+    other = changed(shape, axis, value, follow=_follows(wish, draft.meter))
+    proportional = wish.intermediate_size is None and "intermediate_size" not in wish.shrinking
+    if axis == "hidden_size" and proportional and wish.budget is None:
         share = value / draft.meter.top.hidden_size
-        inner = draft.rounded(changed, "intermediate_size", share, said=False)
-        changed = replace(changed, intermediate_size=inner)
-    return changed
+        inner = draft.rounded(other, "intermediate_size", share, said=False)
+        other = replace(other, intermediate_size=inner)
+    return other
 
 
 def _listed(names: Sequence[str], last: str = "and") -> str:

@@ -13,40 +13,16 @@ from torch import Tensor, nn
 
 from slimfuse.batch import Batch
 from slimfuse.data import Split
-from slimfuse.errors import ParentError, first_line
 from slimfuse.progress import track
-from slimfuse.tasks.base import Augmentation
+from slimfuse.tasks.base import Augmentation, Evidence, Samples, Task
+from slimfuse.tasks.image_processors import load_processor as load_processor
+from slimfuse.tasks.image_processors import make_processor as make_processor
+from slimfuse.tasks.image_processors import save_processor, sides
+from slimfuse.tasks.metrics import Measured, accuracy, macro_f1
 
 PIXELS = "pixel_values"
 CACHE_BYTES = 2 << 30
 SHIFT_FRACTION = 1 / 14  # of the image's side: two pixels of 28
-
-
-def make_processor(image_size: int, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """Return the stock ViT processor that resizes to a square and normalises RGB."""
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-    return ViTImageProcessorPil(
-        do_convert_rgb=True,
-        size={"height": image_size, "width": image_size},
-        image_mean=list(mean),
-        image_std=list(std),
-    )
-
-
-def load_processor(folder: Path) -> Any:
-    """Return the saved image processor of a model folder; raises ParentError."""
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise ParentError(
-            "the image processor can't be opened",
-            where=str(folder),
-            got=first_line(error),
-            hint="save it beside the model with processor.save_pretrained",
-        ) from error
 
 
 class Pixels:
@@ -79,8 +55,8 @@ class Pixels:
         return Batch({PIXELS: found})
 
     def _bytes(self) -> int:
-        side = self.processor.size
-        return len(self) * 3 * int(side["height"]) * int(side["width"]) * 4
+        height, width = sides(self.processor)
+        return len(self) * 3 * height * width * 4
 
     def _process(self, indices: Tensor) -> Tensor:
         images = [self.split.items[int(i)] for i in indices]
@@ -104,19 +80,21 @@ def augment(pixels: Tensor, kinds: Sequence[Augmentation]) -> Tensor:
     return pixels
 
 
-class ImageClassification:
-    """Images of one label each."""
+class ImageTask(Task):
+    """A task whose samples are images, prepared by the saved processor."""
 
-    name = "image-classification"
     sample = "image"
     preprocessor = "image processor"
     files: tuple[str, ...] = ("preprocessor_config.json",)
-    auto_model = "AutoModelForImageClassification"
     auto_preprocessor = "AutoImageProcessor"
 
     def load(self, folder: Path) -> Any:
         """Return the saved image processor of a model's folder; raises ParentError."""
         return load_processor(folder)
+
+    def save(self, preprocessor: Any, folder: Path) -> None:
+        """Write the processor, in timm's way, too, where the model is timm's."""
+        save_processor(preprocessor, folder)
 
     def identity(self, preprocessor: Any) -> dict[str, Any]:
         """Return what the processor does with an image."""
@@ -127,6 +105,23 @@ class ImageClassification:
         """Return a split's images; all are of one size anyway."""
         return Pixels(split, preprocessor)
 
-    def augment(self, batch: Batch, kinds: Sequence[Augmentation]) -> Batch:
-        """Return randomly flipped and shifted images."""
-        return Batch({PIXELS: augment(batch.arguments[PIXELS], kinds)}) if kinds else batch
+    def examples(
+        self, samples: Samples, indices: Tensor, kinds: Sequence[Augmentation] | None = None
+    ) -> tuple[Batch, Tensor]:
+        """Return images, randomly flipped and shifted where that is asked for, and labels."""
+        inputs, labels = super().examples(samples, indices)
+        if kinds:
+            inputs = Batch({PIXELS: augment(inputs.arguments[PIXELS], kinds)})
+        return inputs, labels
+
+
+class ImageClassification(ImageTask):
+    """Images of one label each."""
+
+    name = "image-classification"
+    auto_model = "AutoModelForImageClassification"
+
+    def figures(self, evidence: Evidence, reference: Tensor | None = None) -> dict[str, Measured]:
+        """Return accuracy and macro F1."""
+        scores, labels = evidence["logits"], evidence["labels"]
+        return {"accuracy": accuracy(scores, labels), "macro_f1": macro_f1(scores, labels)}

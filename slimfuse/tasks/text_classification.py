@@ -1,112 +1,86 @@
-"""Text classification: tokens through the saved tokenizer."""
+"""Text classification: one label, any of several, or a number, of each text."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
-from pathlib import Path
+import copy
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from slimfuse.batch import MASK, Batch
-from slimfuse.data import Split
-from slimfuse.errors import ParentError, first_line
-from slimfuse.tasks.base import Augmentation
+from slimfuse.data import DataSet
+from slimfuse.tasks.base import Evidence
+from slimfuse.tasks.criteria import Categorical, Criterion, Numeric, Several
+from slimfuse.tasks.metrics import (
+    Measured,
+    Metric,
+    absolute_error,
+    accuracy,
+    average_precision,
+    macro_f1,
+    micro_f1,
+    rank_correlation,
+)
+from slimfuse.tasks.texts import TextTask, Tokens, backend
+
+KINDS: Mapping[str, tuple[Criterion, tuple[Metric, ...]]] = {
+    "single": (Categorical(), (Metric("accuracy"), Metric("macro_f1"))),
+    "multi": (Several(), (Metric("micro_f1"), Metric("average_precision"))),
+    "regression": (
+        Numeric(),
+        (Metric("spearman", share=False), Metric("mae", "lower", share=False)),
+    ),
+}
+"""Criterion and metrics by what a text's label is."""
+
+PROBLEMS = {
+    "single": "single_label_classification",
+    "multi": "multi_label_classification",
+    "regression": "regression",
+}
+"""What transformers calls the kinds."""
 
 
-class Tokens:
-    """A split seen through a tokenizer: encoded once, padded on the right when asked for.
+class TextClassification(TextTask):
+    """Texts of one label each, of several, or of a number.
 
-    length: what every batch is padded to, None for the longest of each batch.
+    kind: single, multi or regression, as the data set's labels are.
     """
 
-    def __init__(self, split: Split, tokenizer: Any, length: int | None = None) -> None:
-        self.labels = torch.from_numpy(np.ascontiguousarray(split.labels))
-        encoded = tokenizer(list(split.items), truncation=True) if len(split) else {}
-        self._columns: dict[str, list[list[int]]] = dict(encoded.items())
-        self._fill = {"input_ids": tokenizer.pad_token_id, MASK: 0}
-        self.lengths = torch.tensor([len(ids) for ids in self._columns.get("input_ids", [])])
-        self.length = length
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        """Return token ids, mask and what else the tokenizer makes, each (batch, tokens)."""
-        size = self.length or int(self.lengths[indices].max())
-        arguments = {}
-        for name, column in self._columns.items():
-            padded = torch.full((len(indices), size), self._fill.get(name, 0))
-            for row, i in enumerate(indices.tolist()):
-                padded[row, : len(column[i])] = torch.tensor(column[i])
-            arguments[name] = padded
-        return Batch(arguments)
-
-    @property
-    def order(self) -> Tensor:
-        """Every sample once, short ones first."""
-        return self.lengths.argsort(stable=True)
-
-
-def backend(tokenizer: Any) -> str:
-    """Return all that a tokenizer does, as JSON; how it was last called left out."""
-    told = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({k: v for k, v in told.items() if k not in ("truncation", "padding")})
-
-
-class TextClassification:
-    """Texts of one label each."""
-
     name = "text-classification"
-    sample = "text"
-    preprocessor = "tokenizer"
-    files: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json")
     auto_model = "AutoModelForSequenceClassification"
-    auto_preprocessor = "AutoTokenizer"
+    kind = "single"
 
-    def load(self, folder: Path) -> Any:
-        """Return the saved tokenizer of a model's folder; raises ParentError."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise ParentError(
-                "the tokenizer can't be opened",
-                where=str(folder),
-                got=first_line(error),
-                hint="save it beside the model with tokenizer.save_pretrained",
-            ) from error
-        if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-            raise ParentError(
-                "the tokenizer can't be used",
-                where=str(folder),
-                got="no tokenizer.json" if not tokenizer.is_fast else "no padding token",
-                allowed="a fast tokenizer with a padding token",
-            )
-        tokenizer.padding_side = "right"
-        return tokenizer
-
-    def identity(self, preprocessor: Any) -> dict[str, Any]:
-        """Return a digest of the whole tokenizer, and how long texts may be."""
-        return {
-            "tokenizer": hashlib.sha256(backend(preprocessor).encode()).hexdigest(),
-            "length": preprocessor.model_max_length,
-            "inputs": list(preprocessor.model_input_names),
-        }
-
-    def samples(self, split: Split, preprocessor: Any, *, uniform: bool = False) -> Tokens:
-        """Return a split's tokens; uniform: padded to the longest of all."""
-        found = Tokens(split, preprocessor)
-        if uniform and len(found):
-            found.length = int(found.lengths.max())
+    def of(self, data: DataSet) -> TextClassification:
+        """Return the task for labels of this kind."""
+        found = copy.copy(self)
+        found.kind = getattr(data, "kind", "single")
+        found.criterion, found.metrics = KINDS[found.kind]
+        found.by_class = found.kind == "single"
         return found
 
-    def augment(self, batch: Batch, kinds: Sequence[Augmentation]) -> Batch:
-        """Return the tokens as they are."""
-        assert not kinds, "texts aren't flipped"
-        return batch
+    def marked(self, config: Any) -> Any:
+        """Return a copy of a config with its problem_type, which single labels don't need."""
+        if self.kind == "single":
+            return config
+        named = copy.deepcopy(config)
+        named.problem_type = PROBLEMS[self.kind]
+        return named
+
+    def figures(self, evidence: Evidence, reference: Tensor | None = None) -> dict[str, Measured]:
+        """Return accuracy and macro F1; micro F1 and average precision; or rank and error."""
+        scores, labels = evidence["logits"], evidence["labels"]
+        if self.kind == "multi":
+            return {
+                "micro_f1": micro_f1(scores, labels),
+                "average_precision": average_precision(scores, labels),
+            }
+        if self.kind == "regression":
+            return {
+                "spearman": rank_correlation(scores[:, 0], labels),
+                "mae": absolute_error(scores[:, 0], labels),
+            }
+        return {"accuracy": accuracy(scores, labels), "macro_f1": macro_f1(scores, labels)}
+
+
+__all__ = ["KINDS", "PROBLEMS", "TextClassification", "Tokens", "backend"]

@@ -132,6 +132,30 @@ def test_a_local_folder_of_tables_with_class_labels_is_read(tmp_path: Path) -> N
     assert data.test.items[0].tolist() == [[[7] * 3] * 2] * 2
 
 
+def test_files_that_name_the_classes_differently_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "set", [0, 1, 1], [1, 0], ["b", "a"])
+    with pytest.raises(DataError, match="name the classes differently"):
+        load_hub(str(folder))
+    assert load_hub(str(folder), labels=False).kind == "none"
+
+
+def test_without_labels_images_may_lie_anywhere_in_a_split(folder: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat" / "zoo"
+    for split in ("train", "validation"):
+        (flat / split).mkdir(parents=True)
+        for i, file in enumerate(sorted((folder / split).rglob("*.png"))):
+            shutil.copy(file, flat / split / f"{i}.png")
+    data = load(flat, labels=False)
+    assert (data.kind, data.classes) == ("none", ())
+    assert data.train.labels.tolist() == [0] * 10 and data.test.items[3].shape == (7, 5, 3)
+    sorted_out = load(folder, labels=False)
+    assert sorted_out.classes == () and len(sorted_out.train) == 10
+    first = data.fingerprint
+    assert load(flat, labels=False).fingerprint == first
+    Image.fromarray(np.zeros((7, 5, 3), dtype=np.uint8)).save(flat / "train/0.png")
+    assert load(flat, labels=False).fingerprint != first
+
+
 def test_unlabelled_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="split 'test' is empty or has unlabelled rows"):
         load_hub(str(saved(tmp_path / "set", [0, 1], [-1, 0], ["a", "b"])))

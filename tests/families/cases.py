@@ -23,6 +23,7 @@ from slimfuse.families import (
     Roberta,
     Shape,
     ViT,
+    family_of,
 )
 from slimfuse.spaces import NestedMap, Role, transform
 
@@ -34,6 +35,8 @@ TEXT: Mapping[str, Any] = MappingProxyType(
 IMAGE: Mapping[str, Any] = MappingProxyType({"patch_size": 2, "image_size": 6, "labels": LABELS})
 IMAGES = "AutoModelForImageClassification"
 TEXTS = "AutoModelForSequenceClassification"
+BODIES = "AutoModel"
+WORDS = "AutoModelForMaskedLM"
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class Case:
     def sized(self, width: int, heads: int, mlp: int, depth: int = 2) -> Shape:
         """Return a shape, its MLP's width legal."""
         return Shape(width, heads, self.ratio * width or mlp, depth)
+
+    @property
+    def images(self) -> bool:
+        return "patch_size" in self.inputs
 
     @property
     def wide(self) -> Shape:
@@ -84,7 +91,7 @@ class Case:
     def batch(self, n: int = 3, tokens: int = TOKENS) -> Batch:
         """Return inputs of n samples; the texts' last token only pads in every second one."""
         generator = torch.Generator().manual_seed(1)
-        if self.auto == IMAGES:
+        if self.images:
             shape = (n, 3, 6, 6)
             return Batch({"pixel_values": torch.randn(shape, generator=generator).double()})
         ids = torch.randint(2, VOCABULARY, (n, tokens), generator=generator)
@@ -106,9 +113,22 @@ CASES = (
 )
 
 
+def variant(case: Case, task: str) -> Case:
+    """Return a case's family with the stock class of another task."""
+    name, auto = ("words", WORDS) if task == "masked-lm" else ("body", BODIES)
+    inputs = {k: v for k, v in case.inputs.items() if k != "labels"}
+    family = family_of(case.family.name, task)
+    return replace(case, name=f"{case.name}-{name}", family=family, auto=auto, inputs=inputs)
+
+
+HEADLESS = tuple(variant(case, "feature-extraction") for case in CASES)
+MASKED = tuple(variant(case, "masked-lm") for case in CASES if not case.images)
+EVERY = (*CASES, *HEADLESS, *MASKED)
+
+
 def those(keep: Callable[[Case], bool]) -> pytest.MarkDecorator:
     """Return the mark that runs a test for some of the cases."""
-    found = [case for case in CASES if keep(case)]
+    found = [case for case in EVERY if keep(case)]
     return pytest.mark.parametrize("case", found, ids=lambda case: case.name)
 
 
@@ -133,10 +153,14 @@ def shaken(model: nn.Module, seed: int) -> nn.Module:
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Return a model's logits."""
+    """Return a model's logits; without a head all tokens' cosines, which no basis changes."""
     with torch.no_grad():
-        out: Tensor = call(model, batch).logits
-    return out
+        out = call(model, batch)
+    if "logits" not in out:
+        unit = nn.functional.normalize(out.last_hidden_state.flatten(0, 1), dim=1)
+        return unit @ unit.T
+    found: Tensor = out.logits
+    return found
 
 
 def moved(case: Case, model: Any, spaces: tuple[str, ...], make: Any, config: Any = None) -> Any:
@@ -156,7 +180,8 @@ def moved(case: Case, model: Any, spaces: tuple[str, ...], make: Any, config: An
         if any(leg.space.startswith("qk.") and leg.role is Role.WRITE for a in axes for leg in a):
             state[name] *= family.query_scale(model.config, config)
     out = family.build(config).double()
-    out.load_state_dict(state)
+    assert state.keys() == dict(out.named_parameters()).keys()  # a tied table counts once
+    out.load_state_dict(state, strict=False)
     return out
 
 

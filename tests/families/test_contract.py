@@ -11,7 +11,6 @@ import pytest
 import torch
 from families.cases import (
     CASES,
-    IMAGES,
     LABELS,
     Case,
     any_depth,
@@ -47,7 +46,8 @@ def test_every_parameter_is_covered_once_and_sizes_agree(case: Case) -> None:
     atlas.check(shapes)
     assert atlas.axes.keys() == shapes.keys()  # said by the check too; here independently
     assert all(atlas.shape(name) == shape for name, shape in shapes.items())
-    assert model.state_dict().keys() == shapes.keys()  # no buffer is left behind
+    whole = dict(model.named_parameters(remove_duplicate=False))  # tied ones by all their names
+    assert model.state_dict().keys() == whole.keys()  # no buffer is left behind
 
 
 @every
@@ -55,7 +55,8 @@ def test_sizes_of_spaces_are_told_apart_by_the_shapes(case: Case) -> None:
     """Odd, distinct sizes: the check above can't be fooled by two spaces of one size."""
     config = case.config()
     sizes = {name: s.size for name, s in case.family.atlas(config).spaces.items()}
-    assert sizes["resid"] == 15 and sizes["classes"] == len(LABELS)
+    assert sizes["resid"] == 15 and sizes.get("classes", len(LABELS)) == len(LABELS)
+    assert ("classes" in sizes) == ("labels" in case.inputs)
     assert sizes["mlp.0"] == case.wide.intermediate_size
     assert sizes["qk.0"] == sizes["vo.0"] == case.family.head_dims(config) == 5
     assert {size for name, size in sizes.items() if name.split(".")[0] == "head"} == {3}
@@ -127,6 +128,7 @@ def test_the_layout_names_modules_parameters_and_spaces_that_exist(case: Case) -
         assert not any(leg.space == layout.stream_space for leg in legs)
     if layout.norm_order == "post":  # in the order of execution
         norms = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+        norms = norms[:-1] if layout.transform else norms  # the last one is the head's own
         first = 1 if layout.projection else 0  # a norm before the projection isn't the stream's
         assert [layout.norm_at(depth) for depth in range(first, 2 * DEPTH + 1)] == norms[first:]
 
@@ -141,12 +143,17 @@ def test_walking_block_by_block_is_the_stock_forward_pass(case: Case, tokens: in
         found = list(walk.streams_from(model, layout, begun))
         hidden = model(**x.arguments, output_hidden_states=True).hidden_states
         read = walk.read_out(model, layout, found[-1], begun.mask)
-        top = walk.apply(model, layout.head, read)
+        top = walk.apply(model, layout.head, read) if layout.head else None
     assert len(found) == 2 * DEPTH + 1 and len(hidden) == DEPTH + 1
     # the same float64 operations, summed in the same order
     for ours, theirs in zip(found[::2], hidden, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
-    torch.testing.assert_close(top, logits(model, x), rtol=0, atol=1e-13)
+    with torch.no_grad():
+        out = call(model, x)
+    given = out.logits if layout.head else out.last_hidden_state
+    if layout.readout == "all" or not layout.head:  # a token each, or what is to be pooled
+        given = walk.pooled(layout, given, begun.mask)
+    torch.testing.assert_close(read if top is None else top, given, rtol=0, atol=1e-13)
 
 
 @every
@@ -161,7 +168,7 @@ def test_narrow_builds_a_model_whose_shapes_are_those_of_the_fused_state(case: C
         size = (atlas.spaces[name].size, target.spaces[name].size)
         maps[name] = LinearMap(torch.ones(size).double(), torch.ones(size).double())
     fused = transform(wide.state_dict(), atlas, maps)
-    built = family.build(config).state_dict()
+    built = dict(family.build(config).named_parameters())
     assert {k: v.shape for k, v in fused.items()} == {k: v.shape for k, v in built.items()}
     assert built.keys() == target.axes.keys()
 
@@ -291,7 +298,7 @@ def test_mismatched_parents_are_told_apart(case: Case) -> None:
     assert family.mismatches({"p": base, "q": case.config(deeper(case.wide, 3))}) == known
     relabelled = case.config(labels=LABELS[:3])
     assert family.mismatches({"p": base, "q": relabelled}) == known  # the pipeline unites labels
-    changed = {"patch_size": 3} if case.auto == IMAGES else {"vocab_size": 14, "positions": 5}
+    changed = {"patch_size": 3} if case.images else {"vocab_size": 14, "positions": 5}
     others = case.config(**changed)
     wanted = {
         f"{key}: p has {getattr(base, key)}, r has {getattr(others, key)}"
@@ -310,10 +317,11 @@ def test_a_target_may_be_shallower(case: Case, depth: int) -> None:
     shallow = family.narrow(wide, deeper(case.wide, depth))
     assert family.shape(shallow).num_hidden_layers == depth
     assert family.shape(wide) == case.wide  # the parent's config is only read
-    state = family.build(shallow).state_dict()
+    state = dict(family.build(shallow).named_parameters())
     assert set(family.atlas(shallow).axes) == set(state)
     path = family.block(1).path
-    wanted = {n for n in case.model().state_dict() if depth == 2 or not n.startswith(f"{path}.")}
+    names = [name for name, _ in case.model().named_parameters()]
+    wanted = {n for n in names if depth == 2 or not n.startswith(f"{path}.")}
     assert set(state) == wanted
 
 

@@ -30,7 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimfuse.batch import Batch
 from slimfuse.errors import ParentError, ShapeError
 from slimfuse.families import Shape
-from slimfuse.families.decoder import Decoder
+from slimfuse.families.decoder import Decoder, kinds
+from slimfuse.families.gemma3 import GainNorm
 from slimfuse.fuse import walk
 from slimfuse.spaces import LinearMap, transform
 
@@ -45,7 +46,7 @@ both = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @every_family
 @both
 def test_every_parameter_is_covered_once_and_sizes_agree(family: Decoder, tied: bool) -> None:
-    biased = {} if family.name == "qwen2" else {"attention_bias": True}
+    biased = {} if family.name in ("qwen2", "gemma3") else {"attention_bias": True}
     if family.name == "llama":
         biased["mlp_bias"] = True
     for keys in ({}, biased):
@@ -86,9 +87,10 @@ def test_the_layout_names_modules_that_exist(family: Decoder, tied: bool) -> Non
         for key, value in vars(block).items():
             if key.endswith("_space"):
                 assert value in atlas.spaces
-            elif value:
+            elif key != "kind":
                 model.get_submodule(value)
-    assert bool(layout.blocks[0].q_norm) is (family.name == "qwen3")
+    assert bool(layout.blocks[0].q_norm) is (family.name in ("qwen3", "gemma3"))
+    assert bool(layout.blocks[0].attention_post) is (family.name == "gemma3")
 
 
 @every_family
@@ -190,8 +192,9 @@ def test_the_stock_class_loads_a_saved_model_strictly(
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert type(loaded).__name__ == family.stock
-    # the same float32 weights through the same operations
-    torch.testing.assert_close(logits(loaded.eval()), logits(model), rtol=0, atol=0)
+    # the same float32 weights through the same operations, but for Gemma's 1 + (γ - 1)
+    close = 1e-6 if family.name == "gemma3" else 0
+    torch.testing.assert_close(logits(loaded.eval()), logits(model), rtol=0, atol=close)
     ours = family.load(tmp_path)
     torch.testing.assert_close(logits(ours), logits(model), rtol=0, atol=0)
     assert not ours.training
@@ -208,12 +211,60 @@ def test_another_familys_folder_is_refused(family: Decoder, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
-def test_sliding_windows_are_refused(name: str, tmp_path: Path) -> None:
+def test_sliding_windows_are_a_kind_of_attention(name: str, tmp_path: Path) -> None:
     family = DECODERS[name]
     window = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
     family.save(family.build(config_of(family, **window)), tmp_path)
-    with pytest.raises(ParentError, match="sliding window"):
+    config = family.load_config(str(tmp_path))
+    kinds_ = [block.kind for block in family.layout(config).blocks]
+    assert kinds_ == ["full_attention", "sliding_attention"]
+    narrowed = family.narrow(config, NARROW)
+    assert narrowed.layer_types == config.layer_types and narrowed.sliding_window == 3
+
+
+def test_a_block_has_full_attention_where_its_share_has_one_with_it() -> None:
+    near, full = "sliding_attention", "full_attention"
+    gemma = ([near] * 5 + [full]) * 2
+    assert kinds(gemma, 12) == gemma
+    assert kinds(gemma, 6) == [near, near, full, near, near, full]
+    assert kinds(gemma, 4) == [near, full, near, full]
+    assert kinds(gemma, 1) == [full]
+    assert kinds([near] * 7, 3) == [near] * 3
+
+
+@pytest.mark.parametrize(
+    "keys", [{"attention_bias": True}, {"final_logit_softcapping": 30.0},
+             {"use_bidirectional_attention": True}],
+)  # fmt: skip
+def test_a_gemma_of_another_kind_is_refused(keys: dict[str, Any], tmp_path: Path) -> None:
+    family = DECODERS["gemma3"]
+    config_of(family, **keys).save_pretrained(tmp_path)
+    with pytest.raises(ParentError, match="of this kind") as caught:
         family.load_config(str(tmp_path))
+    assert next(iter(keys)) in str(caught.value.got)
+
+
+def test_gemma_s_norms_are_working_forms_and_saved_as_the_class_has_them() -> None:
+    family = DECODERS["gemma3"]
+    model = decoder(family)
+    stock: Any = family.stock_form(model)
+    assert type(stock).__name__ == family.stock
+    assert not any(isinstance(m, GainNorm) for m in stock.modules())
+    ours, theirs = model.model.norm, stock.model.norm
+    torch.testing.assert_close(theirs.weight, ours.weight - 1, rtol=0, atol=0)
+    assert isinstance(ours, GainNorm) and model.model.norm is ours  # the model stays as it was
+    assert stock.lm_head.weight is model.lm_head.weight
+    # the class' norms compute in float32
+    torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=1e-5)
+
+
+@every_family
+def test_the_generation_config_is_kept(family: Decoder, tmp_path: Path) -> None:
+    model: Any = family.build(config_of(family))
+    model.generation_config.max_new_tokens = 7
+    family.save(model, tmp_path)
+    ours: Any = family.load(tmp_path)
+    assert ours.generation_config.max_new_tokens == 7
 
 
 @every_family
@@ -243,7 +294,8 @@ def test_mismatched_parents_are_told_apart(family: Decoder) -> None:
     base = config_of(family)
     for other in (family.narrow(base, NARROW), config_of(family, tied=True)):
         assert family.mismatches({"p": base, "q": other}) == []
-    other = config_of(family, key_heads=6, head_dim=6, vocab_size=VOCABULARY + 1)
+    scale = {"query_pre_attn_scalar": HEAD_DIM} if family.name == "gemma3" else {}
+    other = config_of(family, key_heads=6, head_dim=6, vocab_size=VOCABULARY + 1, **scale)
     assert family.mismatches({"p": base, "q": other}) == [
         "vocab_size: p has 53, q has 54",
         "head_dim: p has 4, q has 6",

@@ -69,7 +69,7 @@ def test_another_family_and_a_missing_weight_are_refused(case: Case, tmp_path: P
     case.family.save(case.model().float(), tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
-    gone = f"{case.family.pooler.dense}.weight"
+    gone = f"{case.family.layout(case.config()).pooler.dense}.weight"
     del weights[gone]
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ParentError, match="don't fit") as caught:

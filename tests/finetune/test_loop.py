@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from slimfuse.batch import Batch
 from slimfuse.errors import SlimfuseError
 from slimfuse.families import ViT
 from slimfuse.finetune import loop
-from slimfuse.finetune.distill import distillation_loss, labels_loss, soft_targets
+from slimfuse.finetune.distill import Teach, distillation_loss, labels_loss
 from slimfuse.finetune.loop import Schedule, batch_indices, fit, steps_of
+from slimfuse.tasks import ImageClassification
 
 SAMPLES, STEPS = 23, 9
+TASK = ImageClassification()
 
 
 def model() -> Any:
@@ -42,7 +44,9 @@ def labels() -> Tensor:
 def learn() -> loop.Loss:
     x = inputs()
     # noise from the global generator, as augmentation draws it
-    return labels_loss(lambda i: pixels(x[i] + 0.1 * torch.randn(len(i), 3, 6, 6)), labels())
+    return labels_loss(
+        TASK, lambda i: (pixels(x[i] + 0.1 * torch.randn(len(i), 3, 6, 6)), labels()[i])
+    )
 
 
 def train(
@@ -223,10 +227,14 @@ def pixels(values: Tensor) -> Batch:
     return Batch({"pixel_values": values})
 
 
+def classed(values: Tensor) -> tuple[Batch, Tensor]:
+    return pixels(values), values % 7
+
+
 def distil(student: Tensor, teacher: Tensor, t: float, hardness: float) -> tuple[Tensor, Tensor]:
     net = Fixed(student)
-    teach: Callable[[Tensor, Batch], Tensor] = lambda i, x: soft_targets([teacher[i]], [1.0], t)  # noqa: E731
-    loss = distillation_loss(pixels, torch.arange(11) % 7, teach, temperature=t, hardness=hardness)
+    teach: Teach = lambda i, x, y: TASK.criterion.combine([teacher[i]], [1.0], t)  # noqa: E731
+    loss = distillation_loss(TASK, classed, teach, temperature=t, hardness=hardness)
     value = loss(net, torch.tensor([0, 3, 10, 7]))
     value.backward()
     assert net.scores.grad is not None
@@ -273,7 +281,7 @@ def test_distillation_is_hintons_formula_and_mixes_linearly() -> None:
 
 
 def test_soft_targets_are_the_weighted_mean_of_probabilities() -> None:
-    found = soft_targets([scores(0), scores(1)], [3.0, 1.0], 2.0)
+    found = TASK.criterion.combine([scores(0), scores(1)], [3.0, 1.0], 2.0)
     want = 0.75 * (scores(0) / 2).softmax(-1) + 0.25 * (scores(1) / 2).softmax(-1)
     torch.testing.assert_close(found, want, **SINGLE)
     torch.testing.assert_close(found.sum(-1), torch.ones(11), **SINGLE)
@@ -281,7 +289,7 @@ def test_soft_targets_are_the_weighted_mean_of_probabilities() -> None:
 
 def test_label_smoothing_reaches_the_loss() -> None:
     x = torch.arange(11)
-    plain, smooth = (labels_loss(pixels, x % 7, s)(Fixed(scores(0)), x) for s in (0.0, 0.3))
+    plain, smooth = (labels_loss(TASK, classed, s)(Fixed(scores(0)), x) for s in (0.0, 0.3))
     log = scores(0).log_softmax(-1)
     want = 0.7 * plain.detach() - 0.3 * log.mean()
     torch.testing.assert_close(smooth.detach(), want, **SINGLE)

@@ -1,0 +1,156 @@
+"""Embeddings without labels: sentence embeddings, and features of texts and of images.
+
+What the parents say is the target. A model's embedding may be of any width, so figures compare
+similarities: of pairs of held-out samples, and which samples are near each other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimfuse.batch import Batch, token_mask
+from slimfuse.data import DataSet
+from slimfuse.tasks.base import Evidence, Task
+from slimfuse.tasks.criteria import Direction
+from slimfuse.tasks.image_classification import ImageTask
+from slimfuse.tasks.metrics import Measured, Metric, bootstrap, rank_correlation
+from slimfuse.tasks.texts import TextTask
+
+NEIGHBOURS = 10
+MOST_QUERIES = 2000  # samples whose neighbours are looked up
+METRICS = (Metric("spearman", share=False), Metric("neighbour_overlap"))
+
+
+def mean_pooled(states: Tensor, inputs: Batch) -> Tensor:
+    """Return the mean (n, d) of the real tokens of last hidden states (n, tokens, d)."""
+    mask = token_mask(inputs)
+    if mask is None:
+        return states.mean(1)
+    share = mask.to(states)[:, :, None]
+    found: Tensor = (states * share).sum(1) / share.sum(1)
+    return found
+
+
+class _Embedding(Task):
+    """What tasks of embeddings share."""
+
+    output = "last_hidden_state"
+    auto_model = "AutoModel"
+    criterion = Direction()
+    metrics = METRICS
+    answers = "embeddings"
+    labelled = by_class = False
+    compares = True
+
+    def embed(self, states: Tensor, inputs: Batch) -> Tensor:
+        """Return the embeddings (n, d) that last hidden states (n, tokens, d) give."""
+        return mean_pooled(states, inputs)
+
+    def rows(self, output: Tensor, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embeddings."""
+        return self.embed(output, inputs), labels
+
+    def reduce(self, output: Tensor, inputs: Batch, labels: Tensor) -> Evidence:
+        """Return the embeddings."""
+        return {"embeddings": self.embed(output, inputs)}
+
+    def gist(self, every: Sequence[Evidence], weights: Sequence[float]) -> Tensor:
+        """Return the parents' joint embeddings, whose cosines are the weighted mean of theirs."""
+        return self.criterion.combine([e["embeddings"] for e in every], weights, 1.0)
+
+    def figures(self, evidence: Evidence, reference: Tensor | None = None) -> dict[str, Measured]:
+        """Return how like the parents' a model's similarities are.
+
+        spearman: rank correlation of cosines over disjoint random pairs of samples, which are
+        independent of each other; neighbour_overlap: the mean share of a sample's 10 nearest that
+        are its 10 nearest for the parents, too. Without a reference a model is its own.
+        """
+        own = nn.functional.normalize(evidence["embeddings"].double(), dim=1)
+        wanted = own if reference is None else nn.functional.normalize(reference.double(), dim=1)
+        pairs = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))
+        left, right = pairs[: len(own) // 2 * 2].view(2, -1)
+        likeness = [(e[left] * e[right]).sum(1) for e in (own, wanted)]
+        shared = overlap(own, wanted)
+        return {
+            "spearman": rank_correlation(*likeness),
+            "neighbour_overlap": bootstrap(lambda i: shared[i].mean(), len(shared)),
+        }
+
+
+def overlap(one: Tensor, two: Tensor, count: int = NEIGHBOURS) -> Tensor:
+    """Return the share (q,) of every sample's nearest in unit embeddings that are those in others.
+
+    Of up to 2 000 samples among all.
+    """
+    count = min(count, len(one) - 1)
+    queries = torch.arange(min(len(one), MOST_QUERIES))
+    near = []
+    for embeddings in (one, two):
+        likeness = embeddings[queries] @ embeddings.T
+        likeness[queries, queries] = -torch.inf
+        near.append(likeness.topk(count).indices)
+    shared = (near[0][:, :, None] == near[1][:, None, :]).any(2)
+    return shared.double().mean(1)
+
+
+class SentenceEmbedding(_Embedding, TextTask):
+    """Embeddings of texts: the mean of their tokens' last states."""
+
+    name = "sentence-embedding"
+    tag = "sentence-similarity"
+    usage = """\
+inputs = preprocessor(["a text", "another, longer text"], padding=True, return_tensors="pt")
+states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][:, :, None]
+embeddings = (states * mask).sum(1) / mask.sum(1)  # cosines of these are similarities"""
+
+    def extras(self, preprocessor: Any, config: Any) -> dict[str, Any]:
+        """Return what sentence-transformers reads: body, mean pooling, unit length."""
+        pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}
+        modules = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
+        return {
+            "modules.json": [
+                {
+                    "idx": i,
+                    "name": str(i),
+                    "path": path,
+                    "type": f"sentence_transformers.models.{kind}",
+                }
+                for i, (kind, path) in enumerate(modules)
+            ],
+            "sentence_bert_config.json": {"max_seq_length": int(preprocessor.model_max_length)},
+            "1_Pooling/config.json": pooling,
+        }
+
+
+class TextFeatures(_Embedding, TextTask):
+    """Features of texts, token by token; judged by their mean."""
+
+    name = "feature-extraction"
+
+
+class ImageFeatures(_Embedding, ImageTask):
+    """Features of images, patch by patch; judged by the class token's."""
+
+    name = "feature-extraction"
+
+    def embed(self, states: Tensor, inputs: Batch) -> Tensor:
+        """Return the first token's state."""
+        return states[:, 0]
+
+
+class FeatureExtraction(TextFeatures):
+    """Features of texts or of images, as the data are."""
+
+    def of(self, data: DataSet) -> Task:
+        """Return the task for texts or images."""
+        from slimfuse.data import ImageData
+
+        return copy.copy(IMAGES if isinstance(data, ImageData) else TEXTS)
+
+
+IMAGES, TEXTS = ImageFeatures(), TextFeatures()

@@ -1,0 +1,104 @@
+"""Whole runs of tasks without classes, and of timm's models beside transformers' own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_text
+import torch
+from safetensors.torch import load_file
+from tiny_run import recipe, save_parent, write_recipe
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from slimfuse import compress
+from slimfuse.pipeline import Run
+from slimfuse.pipeline.job import prepare
+from slimfuse.pipeline.stages import Stages
+from slimfuse.recipe import load_recipe
+from slimfuse.stock import verify
+from slimfuse.store import Store
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    home = tmp_path_factory.mktemp("embedding")
+    tiny_text.save_texts(home / "data", (90, 60))
+    folders = [tiny_text.save_parent(home / name, seed=i) for i, name in enumerate("ab")]
+    content = tiny_text.recipe(
+        home / "data", folders, task="sentence-embedding", finetune={"epochs": 6, "lr": 3e-3}
+    )
+    return compress(write_recipe(home / "r.yaml", content), out=home / "run")
+
+
+def test_a_body_without_labels_is_fused_taught_and_opened(embedded: Run) -> None:
+    rows = {row.name: row.metrics for row in embedded.report.rows}
+    assert list(rows["fused"]) == ["spearman", "neighbour_overlap"]
+    # the parents' joint embeddings are the reference, which neither of them is alone
+    assert rows["a"]["spearman"].value < 1
+    assert rows["finetuned"]["spearman"].value > rows["random-start"]["spearman"].value
+    assert rows["onnx"]["spearman"].value == pytest.approx(
+        rows["finetuned"]["spearman"].value, abs=1e-2
+    )
+    model, info = AutoModel.from_pretrained(embedded.model, output_loading_info=True)
+    assert not any(info.values()) and model.config.hidden_size == 8
+    found = verify(embedded.model)
+    assert found.model_class == "BertModel" and found.gap < 1e-5  # the tolerance of verify
+
+
+def test_a_sentence_encoders_folder_says_how_it_is_pooled(embedded: Run) -> None:
+    modules = json.loads((embedded.model / "modules.json").read_text())
+    assert [m["path"] for m in modules] == ["", "1_Pooling", "2_Normalize"]
+    pooling = json.loads((embedded.model / "1_Pooling" / "config.json").read_text())
+    assert pooling["word_embedding_dimension"] == 8 and pooling["pooling_mode_mean_tokens"]
+    card = (embedded.model / "README.md").read_text()
+    assert "pipeline_tag: sentence-similarity" in card and "attention_mask" in card
+    assert "licence of" in card  # nobody says what the parents' is
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A timm ViT and one of transformers become one timm ViT."""
+    home = tmp_path_factory.mktemp("mixed")
+    save_parent(home / "own", seed=1)
+    path = home / "r.yaml"
+    parents: list[dict[str, Any]] = [{"name": "own", "from": "own"}]
+    content = recipe(family="timm-vit", parents=parents, baselines=[], finetune={"epochs": 0})
+    first = compress(write_recipe(path, content), out=home / "first")
+    parents.append({"name": "timm", "from": str(first.model)})
+    content = recipe(family="timm-vit", parents=parents, baselines=[], finetune={"epochs": 1})
+    return compress(write_recipe(path, content), out=home / "run")
+
+
+def test_parents_of_both_worlds_become_one_model_that_both_open(mixed: Run) -> None:
+    import timm
+
+    own = timm.create_model(f"local-dir:{mixed.model}", pretrained=True).eval()
+    assert own.embed_dim == 8
+    wrapped = AutoModelForImageClassification.from_pretrained(mixed.model).eval()
+    pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        # one and the same function in float32
+        torch.testing.assert_close(wrapped(pixel_values=pixels).logits, own(pixels))
+    verified = verify(mixed.model)
+    assert verified.model_class == own.pretrained_cfg["architecture"] and verified.gap < 1e-5
+    assert "library_name: timm" in (mixed.model / "README.md").read_text()
+    processor = AutoImageProcessor.from_pretrained(mixed.model)
+    assert type(processor).__name__ == "TimmWrapperImageProcessor" or processor.size
+
+
+def test_a_vit_recipe_takes_timms_models(mixed: Run, tmp_path: Path) -> None:
+    content = recipe(parents=[{"name": "timm", "from": str(mixed.model)}], target={
+        "hidden_size": 8, "intermediate_size": 12})  # fmt: skip
+    path = write_recipe(tmp_path / "r.yaml", content)
+    stages = Stages(prepare(load_recipe(path), path), Store(tmp_path))
+    start = stages.start("fused")
+    assert (start.path / "config.json").read_text().count("ViTForImageClassification") == 1
+    given = stages.outputs(stages.job.parents[0]).test["logits"]
+    # the same shape: the fuse gives the parent back, up to float32 and a ridge of 1e-9
+    torch.testing.assert_close(stages.evidence(start)["logits"], given, rtol=1e-3, atol=1e-3)
+    assert load_file(start.path / "model.safetensors")
