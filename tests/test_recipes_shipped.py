@@ -66,7 +66,9 @@ MODELS: dict[str, Any] = {
         "deit", hidden_size=384, num_attention_heads=6, intermediate_size=1536
     ),
     "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k": lambda: timm("vit_base_patch16_224", 1000),
-    "models/dinov2-small": lambda: timm("vit_small_patch14_dinov2", 0),
+    "facebook/dinov2-small": lambda: encoder(
+        "dinov2", hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14
+    ),
     "runs/zoo/dinov2-small": lambda: timm("vit_small_patch14_dinov2", 0),
     "openai-community/gpt2": lambda: transformers.GPT2Config(),
     "HuggingFaceTB/SmolLM2-135M": lambda: transformers.LlamaConfig(

@@ -14,12 +14,14 @@ from tiny_run import recipe, save_parent, write_recipe
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from slimfuse import compress
+from slimfuse.families import Dinov2, Shape
 from slimfuse.pipeline import Run
 from slimfuse.pipeline.job import prepare
 from slimfuse.pipeline.stages import Stages
 from slimfuse.recipe import load_recipe
 from slimfuse.stock import verify
 from slimfuse.store import Store
+from slimfuse.tasks.image_processors import make_processor
 
 torch.set_num_threads(1)
 
@@ -89,6 +91,29 @@ def test_parents_of_both_worlds_become_one_model_that_both_open(mixed: Run) -> N
     assert "library_name: timm" in (mixed.model / "README.md").read_text()
     processor = AutoImageProcessor.from_pretrained(mixed.model)
     assert type(processor).__name__ == "TimmWrapperImageProcessor" or processor.size
+
+
+def test_a_dinov2_takes_images_of_other_sizes_than_its_positions(tmp_path: Path) -> None:
+    family = Dinov2("feature-extraction")
+    config = family.new_config(Shape(12, 2, 24, 2), patch_size=2, image_size=14, labels=())
+    torch.manual_seed(0)
+    model = family.build(config)
+    family.save(model, tmp_path / "parent")
+    make_processor(8, (0.5,) * 3, (0.5,) * 3).save_pretrained(tmp_path / "parent")
+    content = recipe(
+        family="dinov2",
+        task="feature-extraction",
+        target={"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2},
+        parents=[{"name": "a", "from": str(tmp_path / "parent")}],
+    )
+    path = write_recipe(tmp_path / "r.yaml", content)
+    job = prepare(load_recipe(path), path)
+    assert job.opened.tokens(job.target) == 17 and job.target.image_size == 14
+    pixels = job.samples("test")[torch.arange(3)]
+    assert pixels.arguments["pixel_values"].shape == (3, 3, 8, 8)
+    stages = Stages(job, Store(tmp_path))
+    found = stages.evidence(stages.start("fused"))["embeddings"]
+    assert found.shape == (60, 8) and bool(torch.isfinite(found).all())
 
 
 def test_a_vit_recipe_takes_timms_models(mixed: Run, tmp_path: Path) -> None:

@@ -210,7 +210,12 @@ class Family(Protocol):
 
 
 class ImageFamily(Family, Protocol):
-    """A family of images."""
+    """A family of images.
+
+    interpolates: whether it takes images of other sizes than its config's.
+    """
+
+    interpolates: bool
 
     def tokens(self, config: Any) -> int:
         """Return how many tokens an image becomes."""

@@ -30,6 +30,7 @@ class Dinov2(Adopting):
     """
 
     name = "dinov2"
+    interpolates = True
     endings: ClassVar = image_endings(
         "Dinov2", "dinov2", readout="first+mean", copies=2, pooler=False
     )

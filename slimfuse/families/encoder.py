@@ -268,6 +268,7 @@ class ImageEncoder(Encoder):
         "down": "mlp.fc2",
     }
     own_tokens: tuple[str, ...] = ("cls_token",)
+    interpolates: bool = False
     heads: tuple[str, ...] = (
         "classifier.", "pooler.", "decoder.", "cls_classifier.", "distillation_classifier.",
     )  # fmt: skip

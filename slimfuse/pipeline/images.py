@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,11 +64,19 @@ class Images:
     def tokens(self, config: Any) -> int:
         """Return how many tokens a model makes of an image."""
         assert self.family is not None, "a plain net has no tokens"
-        return self.family.tokens(config)
+        return self.family.tokens(self._sized(config))
 
     def flops(self, family: Family, config: Any) -> int:
         """Return the floating-point operations of one image."""
-        return family.flops(config)
+        return family.flops(self._sized(config))
+
+    def _sized(self, config: Any) -> Any:
+        """Return a config that says how large these images are, where it may take others."""
+        if self.family is None or not self.family.interpolates:
+            return config
+        sized = copy.copy(config)
+        sized.image_size = self.size
+        return sized
 
     @property
     def cached_bytes(self) -> int:
@@ -95,7 +104,10 @@ def open_images(
 
     configs: of the saved parents; task: whether labels count. Raises ParentError or DataError.
     """
-    size = image_size(spec, {name: c.image_size for name, c in configs.items()})
+    sizes = {name: c.image_size for name, c in configs.items()}
+    if family.interpolates:  # images are as large as the processor makes them
+        sizes = {name: sides(load_processor(folders[name]))[0] for name in configs}
+    size = image_size(spec, sizes)
     data = load_images(spec, beside, size or DEFAULT_IMAGE_SIZE, labels=task.labelled)
     size = size or data.image_size
     processor = common_processor(folders, data, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from slimfuse.batch import Batch, call
 from slimfuse.errors import ParentError
-from slimfuse.families import Shape
+from slimfuse.families import Shape, family_of
 from slimfuse.fuse import walk
 from slimfuse.fuse.baselines import select, subclone
 from slimfuse.fuse.gauge import average
@@ -234,3 +235,45 @@ def share(read: Tensor, mean: Tensor) -> Tensor:
     inside = torch.linalg.qr(read[:, :4])[0]
     lost = mean - inside @ (inside.T @ mean)
     return ((inside.T @ mean).square().sum() + lost.square().sum()).sqrt() / mean.norm()
+
+
+def spearman(model: nn.Module, other: nn.Module, x: Batch) -> float:
+    """Return the rank correlation of two models' cosines of mean-pooled texts."""
+    from scipy.stats import spearmanr
+
+    pairs = torch.triu_indices(len(x), len(x), 1)
+    cosines = []
+    for one in (model, other):
+        with torch.no_grad():
+            rows = torch.cat([call(one, part).last_hidden_state for part in x.split(50)])
+        mask = x.arguments["attention_mask"][:, :, None]
+        unit = nn.functional.normalize((rows * mask).sum(1) / mask.sum(1), dim=1)
+        cosines.append((unit @ unit.T)[pairs[0], pairs[1]].double().numpy())
+    return float(spearmanr(*cosines).statistic)
+
+
+@pytest.mark.slow
+def test_half_a_minilm_sees_similar_texts_as_the_whole_one_does() -> None:
+    from transformers import AutoTokenizer
+
+    from slimfuse.data.wordnet import load_wordnet
+
+    folder = Path(__file__).parents[2] / "runs" / "zoo" / "minilm"
+    if not folder.is_dir():
+        pytest.skip("MiniLM isn't here: python benchmarks/weights.py minilm")
+    data, family = load_wordnet(), family_of("bert", "sentence-embedding")
+    tokenizer, parent = AutoTokenizer.from_pretrained(folder), family.load(folder)
+
+    def texts(split: Any, count: int) -> Batch:
+        chosen = [split.items[i] for i in range(0, len(split), len(split) // count)][:count]
+        found = tokenizer(
+            chosen, padding="max_length", truncation=True, max_length=32, return_tensors="pt"
+        )
+        return Batch({key: found[key] for key in ("input_ids", "attention_mask")})
+
+    seen, asked = texts(data.train, 256), texts(data.test, 300)
+    target = family.build(family.narrow(parent.config, Shape(192, 6, 768, 6)))
+    parents = [Parent("minilm", parent)]
+    refit(parents, target, family, lambda: seen.split(32), Settings(), n_batches=8)
+    # 0.82 measured with 256 texts, 0.84 with 1024; random features give 0.12
+    assert spearman(parent, target, asked) > 0.75
