@@ -36,6 +36,12 @@ bench-knowledge: install
 bench-halves: install
 	$(BIN)/python benchmarks/halves.py
 
+bench-wordnet: install
+	$(BIN)/python benchmarks/wordnet.py
+
+bench-stream-maps: install
+	$(BIN)/python benchmarks/stream_maps.py
+
 bench-embedding: install
 	$(BIN)/python benchmarks/embedding.py
 
