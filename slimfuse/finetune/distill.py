@@ -22,6 +22,8 @@ def labels_loss(task: Task, fetch: Fetch, label_smoothing: float = 0.0) -> Loss:
 
     def loss(model: nn.Module, indices: Tensor) -> Tensor:
         rows, labels = answered(task, model, *fetch(indices))
+        if not len(rows):  # nothing of this batch was masked, or it has no second token
+            return rows.sum()
         found = task.criterion.labelled(rows, labels, label_smoothing)
         assert found is not None, f"{task.name} has no labels to learn from"
         return found
@@ -48,6 +50,8 @@ def distillation_loss(
     def loss(model: nn.Module, indices: Tensor) -> Tensor:
         inputs, goals = fetch(indices)
         rows, labels = answered(task, model, inputs, goals)
+        if not len(rows):
+            return rows.sum()
         told = judge.taught(rows, teach(indices, inputs, goals).to(rows.device), temperature)
         hard = judge.labelled(rows, labels, 0.0)
         return told if hard is None else hardness * told + (1 - hardness) * hard

@@ -312,6 +312,8 @@ def _without_machine_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     """Keep the last name of absolute paths: what they hold is known by its sha256."""
     places = [(recipe["data"], "path"), (recipe["data"], "tokenizer")]
     places += [(p, "from") for p in recipe["parents"]]
+    trained = [p["train"] for p in recipe["parents"] if p.get("train")]
+    places += [(train, "start") for train in trained if train.get("start")]
     anchor = recipe["fuse"].get("anchor") or recipe["fuse"]["ot"].get("anchor")
     if anchor is not None:
         places.append((anchor, "from"))

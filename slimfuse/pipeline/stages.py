@@ -61,7 +61,7 @@ class BaseStages(ABC):
             "slimfuse": __version__,
             "versions": {name: version(name) for name in job.libraries},
             "threads": job.threads,
-            "task": job.task.name,
+            "task": [job.task.name, job.task.joins],
             "processor": job.task.identity(job.processor),
             "data": job.data.fingerprint,
             "limit": [len(job.data.train), len(job.data.test)],

@@ -6,7 +6,7 @@ import re
 
 from slimfuse.report.rows import Figure, Row, Speedup
 
-_FIRST = ("accuracy", "top1", "f1", "matthews", "pearson", "spearman", "perplexity", "loss")
+_FIRST = ("perplexity", "accuracy", "top1", "f1", "matthews", "pearson", "spearman", "loss")
 _SHARES = (
     "accuracy", "top", "f1", "precision", "recall", "auc", "agreement", "overlap", "error", "ece",
 )  # fmt: skip

@@ -93,12 +93,15 @@ def bootstrap(score: Callable[[Tensor], Tensor], n: int) -> Measured:
 def rank_correlation(one: Tensor, two: Tensor) -> Measured:
     """Return Spearman's correlation of two variables (n,) with its 95 % interval.
 
-    Fisher's z with the variance (1 + r²/2) / (n - 3) (Bonett & Wright 2000, equation 5).
+    Nought, and nothing known, where one never varies. Fisher's z with the variance
+    (1 + r²/2) / (n - 3) (Bonett & Wright 2000, equation 5).
     """
     from scipy.stats import spearmanr
 
-    value = float(spearmanr(one.numpy(), two.numpy()).statistic)
     n = len(one)
+    if n < 2 or bool((one == one[0]).all()) or bool((two == two[0]).all()):
+        return Measured(0.0, -1.0, 1.0, n)  # what never varies says nothing
+    value = float(spearmanr(one.numpy(), two.numpy()).statistic)
     if n < 4 or not abs(value) < 1:
         return Measured(value, value, value, n)
     spread = NORMAL * math.sqrt((1 + value**2 / 2) / (n - 3))

@@ -39,7 +39,7 @@ class Tokens:
         encoded = tokenizer(list(split.items), truncation=True) if len(split) else {}
         self._columns: dict[str, list[list[int]]] = dict(encoded.items())
         pad = tokenizer.pad_token_id
-        self._fill = {IDS: tokenizer.eos_token_id if pad is None else pad, MASK: 0}
+        self._fill = {IDS: pad if pad is not None else tokenizer.eos_token_id or 0, MASK: 0}
         self.lengths = torch.tensor([len(ids) for ids in self._columns.get(IDS, [])])
         self.length = length
 

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimfuse.batch import MASK, Batch
+from slimfuse.finetune.distill import distillation_loss, labels_loss
 from slimfuse.tasks import CausalLanguageModelling, MaskedLanguageModelling, ask
 from slimfuse.tasks.language import EXCERPT_TOKENS, IGNORED
 from slimfuse.tasks.texts import IDS
@@ -121,3 +122,32 @@ def test_rows_are_the_tokens_that_count() -> None:
     rows, wanted = CausalLanguageModelling().rows(output, SimpleNamespace(), labels)  # type: ignore[arg-type]
     assert torch.equal(wanted, torch.tensor([5, 7, 9]))
     assert torch.equal(rows, torch.stack([output[0, 0], output[0, 2], output[1, 1]]))
+
+
+def test_a_batch_without_a_masked_token_teaches_nothing() -> None:
+    task, net = MaskedLanguageModelling(), nn.Linear(3, VOCAB)
+    labels = torch.full((2, 4), IGNORED)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.net(x))
+
+    def fetch(indices: Tensor) -> tuple[Batch, Tensor]:
+        return Batch({"x": torch.ones(2, 4, 3)}), labels
+
+    def teach(*_: object) -> Tensor:
+        return torch.zeros(0, VOCAB)
+
+    for loss in (
+        labels_loss(task, fetch),
+        distillation_loss(task, fetch, teach, temperature=1.0, hardness=0.5),
+    ):
+        net.zero_grad()
+        value = loss(Model(), torch.arange(2))
+        value.backward()
+        assert float(value.detach()) == 0 and net.weight.grad is not None
+        assert float(net.weight.grad.abs().sum()) == 0

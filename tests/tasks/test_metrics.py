@@ -82,3 +82,8 @@ def test_a_loss_is_a_difference_or_a_share() -> None:
     assert high.text(measured) == "87.50% ± 1.00%"
     assert low.text(Measured(21.5, 20.5, 22.5, 10)) == "21.5 ± 1"
     assert high.limits(measured) == "87.50% (86.50% – 88.50%)"
+
+
+def test_what_never_varies_has_no_rank() -> None:
+    assert rank_correlation(torch.ones(9), noise(9)) == Measured(0.0, -1.0, 1.0, 9)
+    assert rank_correlation(noise(1), noise(1)) == Measured(0.0, -1.0, 1.0, 1)
