@@ -8,13 +8,13 @@ is about the best that any embedding of that width can do.
 from __future__ import annotations
 
 import argparse
-import json
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine, write
+from common import machine, write
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -73,27 +73,33 @@ def main() -> None:
         for key, value in found.items():
             figures.setdefault(name, {}).setdefault(key, []).append(value)
         print(name, {key: round(value, 4) for key, value in found.items()}, flush=True)
-        (RESULTS / "embedding.json").write_text(json.dumps(content(), indent=1) + "\n")
+        write("embedding", content(), markdown(content()))
 
     def spent(name: str, begun: float) -> None:
         minutes.setdefault(name, []).append((time.process_time() - begun) / 60)
 
     def content() -> dict[str, Any]:
-        return {"figures": figures, "cpu_minutes": minutes, "conditions": conditions}
+        return {
+            "figures": figures,
+            "cpu_minutes": minutes,
+            "conditions": conditions,
+            "samples": job.count("test"),
+            "steps": stages.finetune_schedule.steps,
+        }
 
     conditions = machine() | {"threads": str(arguments.threads), "recipe": RECIPE.name}
-    for seed in SEEDS[: arguments.seeds]:
-        own = (f"finetune.seed={seed}", f"runtime.seed={seed}")
-        job = prepare(load_recipe(RECIPE, (*shared, *own)), RECIPE)
-        torch.set_num_threads(job.threads)
-        store = Store(arguments.out)
-        store.check_ours()
-        with store.lock():
+    store = Store(arguments.out)
+    store.check_ours()
+    with store.lock():
+        for (start, name), seed in product(STARTS.items(), SEEDS[: arguments.seeds]):
+            own = (f"finetune.seed={seed}", f"runtime.seed={seed}")
+            job = prepare(load_recipe(RECIPE, (*shared, *own)), RECIPE)
+            torch.set_num_threads(job.threads)
             stages = Stages(job, store)
             begun = time.process_time()
             told = stages.outputs(job.parents[0])
             reference = told.test["embeddings"]
-            if seed == SEEDS[0]:
+            if not figures:
                 spent("asking the teacher", begun)
                 note("parent", stages, told.test)
                 assert told.train is not None
@@ -102,23 +108,22 @@ def main() -> None:
                 basis = torch.linalg.svd(units, full_matrices=False).Vh[:width]
                 cut = nn.functional.normalize(reference, dim=1) @ basis.T
                 note(f"parent's embeddings, PCA to {width}", stages, {"embeddings": cut})
-                begun = time.process_time()
-                stages.start("fused")
-                spent("fusing", begun)
-                note("child, one-shot", stages, stages.evidence(stages.start("fused")))
                 control = stages.start("random-refit")
                 note("random model, same refit", stages, stages.evidence(control))
-            for start, name in STARTS.items():
-                begun = time.process_time()
-                tuned = stages.finetune(start)
-                spent(name, begun)
-                note(f"{name}, finetuned", stages, stages.evidence(tuned))
-            samples, steps = job.count("test"), stages.finetune_schedule.steps
-    write("embedding", content(), markdown(content(), samples, steps))
+            begun = time.process_time()
+            untrained = stages.start(start)
+            spent(f"{name}, made", begun)
+            note(f"{name}, one-shot", stages, stages.evidence(untrained))
+            stages.samples("train")
+            begun = time.process_time()
+            tuned = stages.finetune(start)
+            spent(f"{name}, finetuned", begun)
+            note(f"{name}, finetuned", stages, stages.evidence(tuned))
 
 
-def markdown(content: dict[str, Any], samples: int, steps: int) -> str:
+def markdown(content: dict[str, Any]) -> str:
     """Return the table."""
+    samples, steps = content["samples"], content["steps"]
     lines = [
         "# Sentence embeddings without labels: MiniLM-L6 (384) to half its width",
         "",

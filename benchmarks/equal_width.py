@@ -25,7 +25,7 @@ from slimfuse.fuse.gauge import aligned, average
 from slimfuse.fuse.importance import all_depths_importance
 from slimfuse.fuse.repair import repair
 from slimfuse.fuse.union import Parent
-from slimfuse.tasks import accuracy, logits
+from slimfuse.tasks import ImageClassification, accuracy, answers_of, ask
 from slimfuse.tasks.image_classification import PIXELS, Pixels, make_processor
 
 PAIRS = (0, 1, 2)
@@ -33,6 +33,7 @@ TEST, CALIBRATION = 5000, 512
 COUNTS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FIXED = (1e-6, 1e-3)
 FAMILY = FAMILIES["vit"]
+TASK = ImageClassification()
 Batches = Callable[[], Iterable[Tensor]]
 
 
@@ -57,7 +58,8 @@ def pair(seed: int, out: Path) -> dict[str, float]:
         return lambda: images[:count].split(64)
 
     def score(name: str, model: nn.Module) -> None:
-        scores = logits(model, pixels, what=f"measuring {name}")
+        said = ask(answers_of(model, TASK.output), TASK, pixels, what=f"measuring {name}")
+        scores = said[TASK.answers]
         figures[name] = 100 * accuracy(scores, labels).value
         print(f"pair {seed}, {name}: {figures[name]:.2f}", flush=True)
 

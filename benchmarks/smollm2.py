@@ -130,14 +130,14 @@ def main() -> None:
         tuned = stages.finetune("fused")
         exported, gap = Deployment(stages).export("child", tuned.path, tuned.key)
         same, count, texts = generated(tuned.path, exported.path / "model.onnx", job.threads)
-    steps = stages.finetune_schedule.steps
+    steps, length = stages.finetune_schedule.steps, job.opened.tokens(job.target)
     content["onnx"] = {"same": same, "prompts": count, "tokens": TOKENS, "parity": gap}
     content["texts"] = texts
     content["budget"] = {
         "steps": steps,
-        "tokens": steps * job.recipe.finetune.batch_size * job.processor.model_max_length,
+        "tokens": steps * job.recipe.finetune.batch_size * length,
         "calibration": job.recipe.data.calibration.samples,
-        "test_tokens": job.count("test") * (job.processor.model_max_length - 1),
+        "test_tokens": job.count("test") * (length - 1),
         "target": str(job.family.shape(job.target)),
         "threads": job.threads,
         "precision": job.precision,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,7 +14,11 @@ from rich.markup import escape
 from slimfuse.errors import SlimfuseError, UserError
 from slimfuse.progress import console, working
 
+if TYPE_CHECKING:
+    from slimfuse.recipe import RecipeInfo
+
 INTERRUPTED = 130
+MANY = 9  # recipes of a subfolder that are still listed one by one
 
 app = typer.Typer(
     name="slimfuse",
@@ -198,24 +203,50 @@ def recipe_check(recipe: RecipePath, overrides: Overrides = None) -> None:
 def recipe_list(
     folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("recipes"),
 ) -> None:
-    """List the recipes below a folder."""
+    """List the recipes below a folder by family, one line each."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     from slimfuse.errors import RecipeError
     from slimfuse.recipe import find_recipes
 
     if not folder.is_dir():
         raise RecipeError("there is no such folder", where=str(folder), hint="name a folder")
-    table = Table()
-    for column in ("recipe", "family", "task", "what it does"):
-        table.add_column(column, overflow="fold")
-    for info in find_recipes(folder):
-        about = escape(info.summary if info.error is None else info.error.what)
+    lines = _listed(find_recipes(folder), folder)
+    wide = [max([0, *(len(line[i]) for line in lines)]) for i in (0, 1)]
+    stdout, before = Console(highlight=False), None
+    for family, name, about, style in lines:
+        first = family if family != before else ""
+        text = Text(f"{first:{wide[0]}}  {name:{wide[1]}}  ").append(about, style=style)
+        if stdout.is_terminal:
+            stdout.print(text, no_wrap=True, overflow="ellipsis")
+        else:
+            stdout.print(text, soft_wrap=True)
+        before = family
+    last = f"slimfuse plan {folder}/NAME says what one makes and needs"
+    stdout.print(escape(last if lines else f"no recipe below {folder}"), soft_wrap=True)
+
+
+def _listed(found: list[RecipeInfo], folder: Path) -> list[tuple[str, str, str, str]]:
+    """Return family, name, need and style of every line; a folder of many recipes is one."""
+    homes = {info.path: info.path.parent.relative_to(folder) for info in found}
+    many = {home for home, count in Counter(homes.values()).items() if home.parts and count > MANY}
+    lines = {}
+    for info in sorted(found, key=lambda info: (info.family, info.path)):
+        name, about = info.path.relative_to(folder).as_posix(), info.summary
+        home = homes[info.path]
         if info.error is not None:
-            about = f"[red]{about}[/]"
-        table.add_row(escape(str(info.path)), info.family, info.task, about)
-    Console().print(table)
+            first, *more = info.error.what.splitlines()
+            about = f"{first}; {len(more)} more" if more else first
+            lines[name] = (info.family, name, about, "red")
+        elif home in many:
+            count = list(homes.values()).count(home)
+            about = f"{count} recipes: slimfuse recipe list {folder / home}"
+            lines[f"{home}"] = (info.family, f"{home.as_posix()}/", about, "")
+        else:
+            about += " …" if about and about[-1] not in ".!?" else ""
+            lines[name] = (info.family, name, about, "")
+    return list(lines.values())
 
 
 @recipes.command("show")

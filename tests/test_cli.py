@@ -13,6 +13,7 @@ import pytest
 from tiny_run import recipe, write_recipe
 
 from slimfuse import cli, doctor
+from slimfuse.finetune.loop import batch_indices
 from slimfuse.pipeline import Run
 from slimfuse.recipe import load_recipe
 from slimfuse.stock import Verified
@@ -92,6 +93,24 @@ def test_an_interruption_ends_with_130(
     code, out, err = run("compress", tiny_recipe, "--out", tmp_path / "run")
     assert (code, out) == (130, "")
     assert "interrupted: run the same command again" in err and "Traceback" not in err
+
+
+def test_an_interrupted_training_says_what_is_kept(
+    run: Callable[..., Ran], tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = iter(range(3))
+
+    def interrupt(*given: object) -> object:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return batch_indices(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("slimfuse.finetune.loop.batch_indices", interrupt)
+    code, out, err = run("compress", tiny_recipe, "--out", tmp_path / "run")
+    assert (code, out) == (130, "")
+    assert "training parent a: saved after 3 of " in err
+    assert "interrupted: run the same command again to go on from here" in err
+    assert list((tmp_path / "run").glob("stages/parent-a-*.partial/checkpoint.safetensors"))
 
 
 def test_an_internal_fault_is_one_message_and_with_debug_a_traceback(
@@ -189,11 +208,33 @@ def test_recipe_commands(run: Callable[..., Ran], tiny_recipe: Path, tmp_path: P
     assert code == 2 and "no such folder" in err
 
 
+def test_recipes_are_listed_by_family_on_one_line_each(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    code, out, _ = run("recipe", "list")
+    *lines, last = out.splitlines()
+    assert code == 0 and last == "slimfuse plan recipes/NAME says what one makes and needs"
+    # a screen of 40 lines; the ablations' recipes, 21, have one line together
+    assert len(lines) < 40
+    assert any("21 recipes: slimfuse recipe list recipes/ablations" in line for line in lines)
+    families = [line.split(" ")[0] for line in lines if not line.startswith(" ")]
+    assert families == sorted(set(families)) and {"bert", "llama", "vit"} <= set(families)
+    bert = next(i for i, line in enumerate(lines) if line.startswith("bert "))
+    assert "bert/base-half.yaml  " in lines[bert]
+    assert lines[bert].endswith("become one of half their width.")  # whole where no screen cuts it
+    assert len([line for line in lines if "ablations" in line]) == 1
+    code, out, _ = run("recipe", "list", "recipes/ablations")
+    assert code == 0 and len(out.splitlines()) == 22 and "solver-partial.yaml" in out
+
+
 def test_a_users_text_is_no_markup(run: Callable[..., Ran], tmp_path: Path) -> None:
     folder = tmp_path / "[red]odd[/red]"
     write_recipe(folder / "fine.yaml")
     (folder / "fine.yaml").write_text("# does [/x] it\n" + (folder / "fine.yaml").read_text())
-    (folder / "broken.yaml").write_text("version: 1\n'[/bold]': 2\n")
+    broken = (folder / "fine.yaml").read_text() + "'[/bold]': 2\n"
+    (folder / "broken.yaml").write_text(broken)
     code, out, _ = run("recipe", "list", folder)
     assert code == 0
     assert "does [/x] it" in out and "[/bold]" in out and "[red]odd[/red]" in "".join(out.split())

@@ -7,15 +7,17 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import events, folder_bytes, recipe, write_recipe
 
+from slimfuse.errors import SlimfuseError
 from slimfuse.pipeline import Run, compress, package, plan
 from slimfuse.report import from_json
-from slimfuse.store import Stage
+from slimfuse.store import Stage, Store
 from slimfuse.tasks import Evidence
 
 MODEL_FILES = {
@@ -171,6 +173,24 @@ def test_results_of_another_recipe_are_withdrawn_before_any_work(
         compress(tiny_recipe, overrides=("fuse.ridge=0.01",), out=copied)
     assert (copied / "recipe.lock.yaml").read_bytes() != old
     assert not [n for n in ("model", "report.json", "report.html") if (copied / n).exists()]
+
+
+def test_nothing_is_published_where_the_report_can_not_be_written(
+    copied: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimfuse.pipeline import run
+
+    make = run.make_report
+    monkeypatch.setattr(
+        run, "make_report", lambda found: replace(make(found), timings={"package": float("nan")})
+    )
+    for name in ("model", "report.json", "report.html"):
+        Store(copied).withdraw(name)
+    with pytest.raises(SlimfuseError, match="not finite"):
+        compress(tiny_recipe, out=copied)
+    assert not [n for n in ("model", "report.json", "report.html") if (copied / n).exists()]
+    monkeypatch.undo()
+    assert compress(tiny_recipe, out=copied).model.is_dir()
 
 
 def test_an_altered_model_folder_is_made_whole(

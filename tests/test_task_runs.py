@@ -14,7 +14,7 @@ from tiny_run import recipe, save_parent, write_recipe
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from slimfuse import compress
-from slimfuse.families import Dinov2, Shape
+from slimfuse.families import Dinov2, Shape, family_of
 from slimfuse.pipeline import Run
 from slimfuse.pipeline.job import prepare
 from slimfuse.pipeline.stages import Stages
@@ -40,6 +40,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_body_without_labels_is_fused_taught_and_opened(embedded: Run) -> None:
     rows = {row.name: row.metrics for row in embedded.report.rows}
     assert list(rows["fused"]) == ["spearman", "neighbour_overlap"]
+    assert embedded.report.metric == "spearman"
     # the parents' joint embeddings are the reference, which neither of them is alone
     assert rows["a"]["spearman"].value < 1
     assert rows["finetuned"]["spearman"].value > rows["random-start"]["spearman"].value
@@ -57,6 +58,7 @@ def test_a_sentence_encoders_folder_says_how_it_is_pooled(embedded: Run) -> None
     assert [m["path"] for m in modules] == ["", "1_Pooling", "2_Normalize"]
     pooling = json.loads((embedded.model / "1_Pooling" / "config.json").read_text())
     assert pooling["word_embedding_dimension"] == 8 and pooling["pooling_mode_mean_tokens"]
+    assert not pooling["pooling_mode_cls_token"]
     card = (embedded.model / "README.md").read_text()
     assert "pipeline_tag: sentence-similarity" in card and "attention_mask" in card
     assert "licence of" in card  # nobody says what the parents' is
@@ -114,6 +116,37 @@ def test_a_dinov2_takes_images_of_other_sizes_than_its_positions(tmp_path: Path)
     stages = Stages(job, Store(tmp_path))
     found = stages.evidence(stages.start("fused"))["embeddings"]
     assert found.shape == (60, 8) and bool(torch.isfinite(found).all())
+
+
+def test_features_of_a_timm_model_without_a_class_token_are_its_patches_mean(
+    tmp_path: Path,
+) -> None:
+    family = family_of("timm-vit", "feature-extraction")
+    for seed, name in enumerate("ab"):
+        config = family.new_config(
+            Shape(12, 2, 24, 2), patch_size=4, image_size=8, class_token=False, reg_tokens=2,
+            global_pool="avg", architecture="vit_tiny_patch16_224",
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        family.save(family.build(config), tmp_path / name)
+        make_processor(8, (0.5,) * 3, (0.5,) * 3).save_pretrained(tmp_path / name)
+    content = recipe(
+        family="timm-vit",
+        task="feature-extraction",
+        target={"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2},
+        parents=[{"name": name, "from": str(tmp_path / name)} for name in "ab"],
+    )
+    path = write_recipe(tmp_path / "r.yaml", content)
+    job = prepare(load_recipe(path), path)
+    stages = Stages(job, Store(tmp_path / "store"))
+    model: Any = job.family.load(tmp_path / "a")
+    with torch.no_grad():
+        states = model(**job.samples("test")[torch.arange(60)].arguments).last_hidden_state
+    assert states.shape == (60, 6, 12)  # two registers before four patches
+    found = stages.outputs(job.parents[0]).test["embeddings"]
+    # the same float32 sums in batches of another size
+    torch.testing.assert_close(found, states[:, 2:].mean(1), rtol=1e-4, atol=1e-5)
+    assert stages.evidence(stages.start("fused"))["embeddings"].shape == (60, 8)
 
 
 def test_a_vit_recipe_takes_timms_models(mixed: Run, tmp_path: Path) -> None:

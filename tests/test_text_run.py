@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from slimfuse import compress
 from slimfuse.errors import UserError
 from slimfuse.pipeline import Run, plan
 from slimfuse.pipeline.job import prepare
+from slimfuse.pipeline.package import model_card
 from slimfuse.pipeline.stages import Stages
 from slimfuse.recipe import load_recipe
 from slimfuse.stock import verify
 from slimfuse.store import Store
+from slimfuse.tasks import CausalLanguageModelling, Measured, TextTask
 from slimfuse.tasks.text_classification import Tokens
 
 
@@ -89,6 +92,20 @@ def test_the_card_and_the_report_speak_of_texts(run: Run) -> None:
         .split("<body")[1]
         .split("data:image")[0]
     )
+
+
+def test_a_card_counts_blocks_where_texts_are_joined(home: Path) -> None:
+    path = written(home, "blocks")
+    job = prepare(load_recipe(path), path)
+    assert isinstance(job.task, TextTask) and job.task.length == tiny_text.POSITIONS
+    joined = CausalLanguageModelling().packing(True).truncating(8)
+    for task, words in ((joined, "8-token blocks"), (joined.packing(False), "texts")):
+        figures = {"a": Measured(9.0, 8.0, 10.0, 5), "b": Measured(9.0, 8.0, 10.0, 5)}
+        files = {"model.safetensors": (figures["a"], None)}
+        made = replace(job, task=task)
+        card = model_card(made, 0, figures, files, "0")
+        assert f"({made.count('test')} test {words}, 95 % interval)" in card
+    assert made.count("test") == 45
 
 
 def test_padding_does_not_change_a_score(run: Run, home: Path) -> None:

@@ -236,6 +236,36 @@ def test_tokens_of_one_tokenizer_only_are_listed() -> None:
     assert "2 are of one of them only, such as 'yak', 'zebu'" in str(caught.value.got)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [
+        ("truncation_side", "right", "left"),
+        ("padding_side", "right", "left"),
+        ("pad_token", "[PAD]", "[UNK]"),
+        ("cls_token", "[CLS]", "[SEP]"),
+        ("sep_token", "[SEP]", "[CLS]"),
+        ("mask_token", "elm", "fox"),
+        ("bos_token", "[CLS]", "[SEP]"),
+        ("eos_token", "[SEP]", "[PAD]"),
+    ],
+)
+def test_settings_that_differ_are_told(name: str, value: str, other: str) -> None:
+    base, twin = tiny_text.tokenizer(), tiny_text.tokenizer()
+    for made in (base, twin):
+        setattr(made, name, value)
+    assert compare("a", base, "b", twin) is None
+    setattr(twin, name, other)
+    with pytest.raises(ParentError, match="set up differently") as caught:
+        compare("a", base, "b", twin)
+    assert caught.value.got == f"{name}: a has {value!r}, b {other!r}"
+
+
+def test_a_special_token_that_one_tokenizer_lacks_is_no_difference() -> None:
+    base, other = tiny_text.tokenizer(), tiny_text.tokenizer()
+    other.eos_token = "[SEP]"
+    assert compare("a", base, "b", other) is None and compare("a", other, "b", base) is None
+
+
 def test_the_first_tokenizer_serves_all_and_the_shortest_length_holds(tmp_path: Path) -> None:
     base = tiny_text.tokenizer()
     own = scrambled(base, kept=("[PAD]",))

@@ -45,8 +45,21 @@ class Split:
 
     def sample(self, size: int, seed: int) -> Split:
         """Return `size` samples (all, if fewer exist) drawn without replacement."""
-        order = np.random.default_rng(seed).permutation(len(self))
-        return self.take(np.sort(order[:size]))
+        return self.take(draw(len(self), size, seed))
+
+    def first(self, size: int) -> Split:
+        """Return the first `size` samples, all where there are no more."""
+        return self if size >= len(self) else self.take(np.arange(size))
+
+    def piece(self, index: int, count: int) -> Split:
+        """Return part `index` (from 1) of `count` parts in a row, of the same size but for one."""
+        start, stop = (len(self) * i // count for i in (index - 1, index))
+        return self.take(np.arange(start, stop))
+
+
+def draw(count: int, size: int, seed: int) -> NDArray[np.int64]:
+    """Return `size` of `count` places (all, if fewer exist), a seeded draw, in order."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:size])
 
 
 class Subset(Sequence[Any]):

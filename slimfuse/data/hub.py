@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimfuse.data.base import Image, ImageData, Split, no_labels
+from slimfuse.data.tables import Rows
 from slimfuse.errors import DataError, first_line
 from slimfuse.progress import track
 
@@ -81,7 +82,7 @@ def load_hub(
         )
         for part in parts
     )
-    check_labels(path, splits, (train.labels, test.labels))
+    check_labels([Rows(split, path) for split in splits], (train.labels, test.labels))
     local = Path(path) if Path(path).exists() else None
     return ImageData(
         name=name_of(path),
@@ -113,6 +114,8 @@ def open_splits(
     try:
         with _quiet():
             loaded = load()
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(
             "the data set could not be loaded",
@@ -181,12 +184,18 @@ def check_names(path: str, config: str | None, splits: Sequence[str], column: st
                 )
 
 
-def check_labels(path: str, splits: Sequence[str], labels: Sequence[NDArray[np.int64]]) -> None:
+def check_labels(splits: Sequence[Rows], labels: Sequence[NDArray[np.int64]]) -> None:
     """Raise DataError where a split has no rows, or one without a class (below 0)."""
-    for name, of_split in zip(splits, labels, strict=True):
-        if len(of_split) == 0 or of_split.min() < 0:
+    for rows, of_split in zip(splits, labels, strict=True):
+        rows.need_some(len(of_split))
+        bare = np.flatnonzero(of_split < 0)
+        if len(bare):
             raise DataError(
-                f"split {name!r} is empty or has unlabelled rows", where=f"data.path {path}"
+                f"split {rows.split!r} has rows without a label",
+                where=rows.place(int(bare[0])),
+                got=f"{len(bare)} of {len(of_split)} rows, this one first",
+                allowed="a label in every row",
+                hint="label them or leave them out; tasks such as sentence-embedding need none",
             )
 
 

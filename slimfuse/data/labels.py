@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from slimfuse.data.base import Kind, no_labels
 from slimfuse.data.hub import SHOWN, check_labels, class_names
+from slimfuse.data.tables import Rows
 from slimfuse.errors import DataError
 
 TEXT = ("string", "large_string")
@@ -22,36 +23,34 @@ Labels = list[NDArray[Any]]
 
 def read_labels(
     parts: Sequence[Any],
-    splits: Sequence[str],
+    splits: Sequence[Rows],
     kind: Kind,
     columns: Sequence[str],
     separator: str | None,
-    path: str,
 ) -> tuple[Names, Labels]:
     """Return the classes and every split's labels, as `Split` has them.
 
-    parts: the splits' tables, the training one first; columns: one, or, of several classes a row,
-    also one of 0 and 1 for each class; separator: between the names in one cell. Raises DataError
-    with the first row that can't be read.
+    parts: the splits' tables, the training one first; splits: where their rows stand; columns: one,
+    or, of several classes a row, also one of 0 and 1 for each class; separator: between the names
+    in one cell. Raises DataError with the first row that can't be read.
     """
     if kind == "none":
         return (), [no_labels(len(part)) for part in parts]
     if kind == "single":
-        return _single(parts, splits, columns[0], path)
+        return _single(parts, splits, columns[0])
     if kind == "multi" and len(columns) == 1:
-        return _several(parts, splits, columns[0], separator, path)
+        return _several(parts, splits, columns[0], separator)
     found = [
-        np.stack([_numbers(part, split, c, path, kind) for c in columns], axis=1)
-        for part, split in zip(parts, splits, strict=True)
+        np.stack([_numbers(part, rows, c, kind) for c in columns], axis=1)
+        for part, rows in zip(parts, splits, strict=True)
     ]
     if kind == "regression":
         return tuple(columns), [numbers[:, 0] for numbers in found]
     return tuple(columns), list(found)
 
 
-def _single(
-    parts: Sequence[Any], splits: Sequence[str], column: str, path: str
-) -> tuple[Names, Labels]:
+def _single(parts: Sequence[Any], splits: Sequence[Rows], column: str) -> tuple[Names, Labels]:
+    path = splits[0].path
     names = class_names(parts, column, path)
     if names is None:
         kind = getattr(parts[0].features[column], "dtype", "")
@@ -68,14 +67,15 @@ def _single(
         labels = [_array(places.get(y) for y in of_split) for of_split in values]
     else:
         labels = [_array(part[column]) for part in parts]
-    check_labels(path, splits, labels)
+    check_labels(splits, labels)
     return names, list(labels)
 
 
 def _several(
-    parts: Sequence[Any], splits: Sequence[str], column: str, separator: str | None, path: str
+    parts: Sequence[Any], splits: Sequence[Rows], column: str, separator: str | None
 ) -> tuple[Names, Labels]:
     """Return the labels of a column of lists, or of names with a separator between them."""
+    path = splits[0].path
     features = [part.features[column] for part in parts]
     inner = [getattr(feature, "feature", None) for feature in features]
     names = getattr(inner[0], "names", None)
@@ -96,20 +96,20 @@ def _several(
             return [name for word in cell.split(separator) if (name := word.strip())]
         return [str(y) if names is None else names[y] for y in cell if y is not None]
 
-    rows = []
-    for part, split in zip(parts, splits, strict=True):
+    found = []
+    for part, rows in zip(parts, splits, strict=True):
         cells = part[column]
         for i, cell in enumerate(cells):
             if cell is None:
-                raise _bad(column, split, i, cell, "a list, which may be empty", path)
-        rows.append([cut(cell) for cell in cells])
+                raise _bad(column, rows, i, cell, "a list, which may be empty")
+        found.append([cut(cell) for cell in cells])
     if names is None:
-        seen = [{name for row in of_split for name in row} for of_split in rows]
+        seen = [{name for row in of_split for name in row} for of_split in found]
         names, places = _ordered(*seen, path=path)
     else:
         places = {name: i for i, name in enumerate(names)}
     labels = []
-    for of_split in rows:
+    for of_split in found:
         marks = np.zeros((len(of_split), len(names)), dtype=np.float32)
         for mark, row in zip(marks, of_split, strict=True):
             mark[[places[name] for name in row]] = 1
@@ -117,7 +117,7 @@ def _several(
     return tuple(names), labels
 
 
-def _numbers(part: Any, split: str, column: str, path: str, kind: Kind) -> NDArray[np.float32]:
+def _numbers(part: Any, rows: Rows, column: str, kind: Kind) -> NDArray[np.float32]:
     """Return a column of numbers; raises DataError for the first row that has none."""
     allowed = "a finite number" if kind == "regression" else "0 or 1"
     found = np.zeros(len(part), dtype=np.float32)
@@ -127,17 +127,18 @@ def _numbers(part: Any, split: str, column: str, path: str, kind: Kind) -> NDArr
         except (TypeError, ValueError):
             value = float("nan")
         if not isfinite(value) or (kind == "multi" and value not in (0, 1)):
-            raise _bad(column, split, i, cell, allowed, path)
+            raise _bad(column, rows, i, cell, allowed)
         found[i] = value
     return found
 
 
-def _bad(column: str, split: str, row: int, cell: Any, allowed: str, path: str) -> DataError:
+def _bad(column: str, rows: Rows, row: int, cell: Any, allowed: str) -> DataError:
     return DataError(
-        f"split {split!r} has a row with another label",
-        where=f"column {column!r} of {path}",
-        got=f"{cell!r} in row {row + 1}",
+        f"split {rows.split!r} has a label that can't be read",
+        where=f"{rows.place(row)}, column {column!r}",
+        got=repr(cell),
         allowed=allowed,
+        hint="mend the row, or set data.label_kind to what the labels are",
     )
 
 
@@ -151,6 +152,7 @@ def _ordered(train: set[str], test: set[str], *, path: str) -> tuple[Names, dict
             "the splits have different classes",
             where=f"data.path {path}",
             got=f"only in the test split: {', '.join(sorted(test - train)[:SHOWN])}",
+            hint="put rows of them into the training split, too, or leave them out",
         )
     whole = all(re.fullmatch(r"-?\d+", y) for y in train)
     names = sorted(train, key=(lambda y: (int(y), y)) if whole else None)

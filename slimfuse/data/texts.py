@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from slimfuse.data.base import Kind, Split, TextData
-from slimfuse.data.hub import check_names, name_of, open_splits
+from slimfuse.data.hub import SHOWN, check_names, name_of, open_splits
 from slimfuse.data.labels import TEXT, read_labels
+from slimfuse.data.tables import PROSE, TABLES, Rows, Unit, read_file
 from slimfuse.errors import DataError
-
-TABLES = (".csv", ".jsonl")
-PROSE = ".txt"
-Unit = Literal["line", "paragraph"]
 
 
 def load_texts(
@@ -55,20 +50,24 @@ def load_texts(
     columns = [("text_column", text_column)]
     if kind != "none":
         columns += [("label_columns" if several else "label_column", name) for name in chosen]
-    files = _files(path, splits, labelled=kind != "none") if folder else None
+    files = _files(path, splits, labelled=kind != "none") if folder else {}
+    lines: dict[str, list[int]] = {}
 
     def load() -> Any:
         import datasets
 
-        if files is None:
+        if not folder:
             return datasets.load_dataset(path, config)
-        return {split: _read(file, unit) for split, file in files.items()}
+        tables = {split: read_file(file, unit) for split, file in files.items()}
+        lines.update({split: own for split, (_, own) in tables.items()})
+        return {split: table for split, (table, _) in tables.items()}
 
     parts = open_splits(path, load, splits, columns)
     if not folder and kind in ("single", "multi"):
         check_names(path, config, splits, chosen[0])
-    texts = [_texts(p, s, text_column, path) for p, s in zip(parts, splits, strict=True)]
-    names, labels = read_labels(parts, splits, kind, chosen, separator, path)
+    rows = [Rows(split, path, files.get(split), lines.get(split, ())) for split in splits]
+    texts = [_texts(part, own, text_column) for part, own in zip(parts, rows, strict=True)]
+    names, labels = read_labels(parts, rows, kind, chosen, separator)
     train, test = (Split(*both) for both in zip(texts, labels, strict=True))
     return text_data(name_of(path), train, test, names, kind)
 
@@ -99,64 +98,39 @@ def _files(path: str, splits: Sequence[str], *, labelled: bool) -> dict[str, Pat
         files = {split: root / f"{split}{kind}" for split in splits}
         if all(file.is_file() for file in files.values()):
             return files
-    found = sorted(f.name for f in root.iterdir() if f.suffix in (*TABLES, PROSE))
+    found = sorted(f.name for f in root.iterdir() if f.is_file() and not f.name.startswith("."))
     raise DataError(
         "the splits' tables do not exist" if labelled else "the splits' files do not exist",
         where=f"data.path {path}",
-        got=", ".join(found) or "none of .csv, .jsonl and .txt files",
+        got=", ".join(found[:SHOWN]) + (", …" if len(found) > SHOWN else "") or "no file",
         allowed=" and ".join(f"{s}.csv" for s in splits)
         + ("" if not labelled else " with labels")
         + f", or {'.jsonl' if labelled else '.jsonl or .txt'} in place of .csv",
-        hint="set data.train_split and data.test_split to the files' names",
+        hint="save the tables with commas, as .csv"
+        if any(name.endswith(".tsv") for name in found)
+        else "set data.train_split and data.test_split to the files' names",
     )
 
 
-def _read(file: Path, unit: Unit) -> Any:
-    """Return a table; every cell of a CSV is text: no guessed numbers, and "NA" is a word."""
-    import datasets
-
-    if file.suffix == ".jsonl":
-        return datasets.load_dataset("json", data_files=str(file), split="train")
-    if file.suffix == PROSE:
-        features = datasets.Features(text=datasets.Value("string"))
-        return datasets.Dataset.from_dict({"text": _prose(file, unit)}, features=features)
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        header = next(csv.reader(lines), [])
-    features = datasets.Features(dict.fromkeys(header, datasets.Value("string")))
-    return datasets.load_dataset(
-        "csv", data_files=str(file), split="train", features=features, keep_default_na=False
-    )
-
-
-def _prose(file: Path, unit: Unit) -> list[str]:
-    """Return the texts of a plain file; lines of a paragraph are joined by a space."""
-    with file.open(encoding="utf-8-sig") as content:
-        lines = [line.strip() for line in content]
-    if unit == "line":
-        return [line for line in lines if line]
-    return [" ".join(block) for words, block in groupby(lines, bool) if words]
-
-
-def _texts(part: Any, split: str, column: str, path: str) -> list[str]:
+def _texts(part: Any, rows: Rows, column: str) -> list[str]:
     """Return a split's texts; raises DataError where there are none and for a row without one."""
-    where = f"data.text_column of {path}"
+    rows.need_some(len(part))
     kind = getattr(part.features[column], "dtype", None)
-    if kind not in TEXT and len(part):
+    if kind not in TEXT:
         raise DataError(
             f"column {column!r} is not text",
-            where=where,
+            where=f"data.text_column of {rows.path}",
             got=str(part.features[column]),
             hint="set data.text_column",
         )
-    if not len(part):
-        raise DataError(f"split {split!r} is empty", where=f"data.path {path}")
     texts = list(part[column])
     for i, text in enumerate(texts):
         if text is None or not text.strip():
             raise DataError(
-                f"split {split!r} has a row without text",
-                where=where,
-                got=f"{text!r} in row {i + 1}",
+                f"split {rows.split!r} has a row without text",
+                where=f"{rows.place(i)}, column {column!r}",
+                got=repr(text),
                 allowed="text in every row",
+                hint="write one, leave the row out, or set data.text_column",
             )
     return texts

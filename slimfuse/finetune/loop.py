@@ -18,17 +18,23 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from slimfuse.errors import SlimfuseError
-from slimfuse.progress import track
+from slimfuse.finetune.interrupt import held
+from slimfuse.progress import console, track
 
 Precision = Literal["fp32", "bf16"]
 Loss = Callable[[nn.Module, Tensor], Tensor]
 CHECKPOINT_SECONDS = 60.0
 MAX_GRAD_NORM = 1.0
+POOL = 50  # batches whose samples are sorted by length at a time
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast. `warmup` is a fraction of the steps, `ema` a decay per step."""
+    """How long and how fast, and in which order.
+
+    warmup: a fraction of the steps; ema: a decay per step; dropout: whether the model's own is
+    active; by_length: whether samples of like length share a batch.
+    """
 
     steps: int
     batch_size: int = 128
@@ -37,6 +43,8 @@ class Schedule:
     warmup: float = 0.1
     ema: float | None = None
     seed: int = 0
+    dropout: bool = True
+    by_length: bool = False
 
 
 def steps_of(samples: int, epochs: float, batch_size: int) -> int:
@@ -60,20 +68,25 @@ def fit(
     precision: Precision,
     checkpoint: Path,
     what: str,
+    lengths: Tensor | None = None,
 ) -> list[float]:
     """Train `model` in place and return the loss of every step.
 
     loss: called with the model and the indices (batch,) of the samples of one step.
-    checkpoint: a safetensors file, written every minute; if it exists, training goes on from it
-    and ends with the same weights as an undisturbed run, because the order of the samples and
-    the random numbers of a step depend on the seed and the step alone. The last one is left for
-    the caller to remove once the weights are safe.
+    lengths: of the samples (samples,), where they differ; None: all are of one length.
+    checkpoint: a safetensors file, written every minute and on Ctrl-C, which waits for the end of
+    the step; if it exists, training goes on from it and ends with the same weights as an
+    undisturbed run, because the order of the samples and the random numbers of a step depend on
+    the seed and the step alone. The last one is left for the caller to remove once the weights are
+    safe.
     Raises SlimfuseError when the loss is not finite.
     """
     # autocast is ours: accelerate's own precision is fixed for the life of the process
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     device = accelerator.device.type
     model.to(accelerator.device).train()
+    if not schedule.dropout:
+        _without_dropout(model)
     optimizer = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.lr)
     average = (
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema))
@@ -85,10 +98,25 @@ def fit(
         history = _restore(checkpoint, model, optimizer, average)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     saved = time.monotonic()
-    with track(what, schedule.steps) as tell:
+    updating, buffers = False, list[Tensor]()  # those from before an unfinished step
+
+    def rescue() -> None:
+        if updating or not history:
+            return
+        for buffer, before in zip(model.buffers(), buffers, strict=False):
+            buffer.copy_(before)
+        _save(checkpoint, model, optimizer, average, history)
+        console.print(f"  {what}: saved after {len(history)} of {schedule.steps} steps")
+
+    with track(what, schedule.steps) as tell, held(rescue) as obey:
         tell(len(history))
         for step in range(len(history), schedule.steps):
-            indices = batch_indices(samples, step, schedule.batch_size, schedule.seed)
+            obey()
+            buffers = [buffer.clone() for buffer in model.buffers()]
+            indices = batch_indices(
+                samples, step, schedule.batch_size, schedule.seed,
+                lengths if schedule.by_length else None,
+            )  # fmt: skip
             torch.manual_seed(schedule.seed * 1_000_003 + step)
             rate = schedule.lr * _factor(step, schedule)
             for group in optimizer.param_groups:
@@ -102,29 +130,52 @@ def fit(
                 )
             accelerator.backward(value)
             accelerator.clip_grad_norm_(wrapped.parameters(), MAX_GRAD_NORM)
+            updating = True
             optimizer.step()
             optimizer.zero_grad()
             if average is not None:
                 average.update_parameters(model)
             history.append(float(value.detach()))
+            updating, buffers = False, []
             tell(step + 1, f"loss {history[-1]:.3f}")
             if time.monotonic() - saved >= CHECKPOINT_SECONDS:
                 _save(checkpoint, model, optimizer, average, history)
                 saved = time.monotonic()
-    _save(checkpoint, model, optimizer, average, history)
+        _save(checkpoint, model, optimizer, average, history)
     if average is not None:
         model.load_state_dict(average.module.state_dict())
     model.eval()
     return history
 
 
-def batch_indices(samples: int, step: int, batch_size: int, seed: int) -> Tensor:
-    """Return the samples of one step: a seeded shuffle per epoch, cut into batches."""
+def batch_indices(
+    samples: int, step: int, batch_size: int, seed: int, lengths: Tensor | None = None
+) -> Tensor:
+    """Return the samples of one step: a seeded shuffle per epoch, cut into batches.
+
+    lengths: of the samples; then the shuffle is cut into pools of 50 batches, each is sorted by
+    length before it is cut, and the batches are shuffled: they pad little, and stay random.
+    """
     per_epoch = math.ceil(samples / batch_size)
     epoch, place = divmod(step, per_epoch)
     generator = torch.Generator().manual_seed(seed * 7_919 + epoch)
     order = torch.randperm(samples, generator=generator)
+    if lengths is not None:
+        pools = order.split(POOL * batch_size)
+        order = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools])
+        place = int(torch.randperm(per_epoch, generator=generator)[place])
     return order[place * batch_size : (place + 1) * batch_size]
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Put the model into evaluation mode, which transformers know only by dropout.
+
+    Normalisation by batches still learns its statistics.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
 
 
 def _factor(step: int, schedule: Schedule) -> float:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from slimfuse.errors import ParentError, ShapeError
+from slimfuse.data import DataSet
+from slimfuse.errors import DataError, ParentError, ShapeError
 from slimfuse.families import Family
 from slimfuse.recipe import Recipe
+from slimfuse.tasks import Task
+from slimfuse.tasks.embeddings import NEIGHBOURS
 
 if TYPE_CHECKING:
     from slimfuse.pipeline.common import ParentJob
@@ -113,6 +116,29 @@ def check_teachers(recipe: Recipe, teachers: Sequence[ParentJob], target: Any) -
     """Demand that the teachers know all classes together, where they teach; raises ParentError."""
     if recipe.finetune.epochs > 0:
         _check_cover("finetune.distill.teachers", "finetuning", teachers, target)
+
+
+def check_samples(task: Task, data: DataSet, limit: int | None) -> None:
+    """Demand a test split that the task can be measured on; raises DataError.
+
+    limit: the recipe's data.limit.test. Neighbours are looked up among twice as many samples, of
+    which half are near by chance; the interval of a rank correlation takes more than three.
+    """
+    least, why = 1, ""
+    if task.compares:
+        least, why = 2 * NEIGHBOURS, f"the {NEIGHBOURS} nearest of each are looked up"
+    elif data.kind == "regression":
+        least, why = 4, "a rank correlation of fewer has no interval"
+    count = len(data.test)
+    if count < least:
+        cut = limit is not None and limit < least
+        raise DataError(
+            "the test split is too small to measure this task",
+            where="data.limit.test" if cut else "data.test_split",
+            got=f"{count} {task.sample}{'s' * (count != 1)}",
+            allowed=f"at least {least}: {why}",
+            hint="raise the limit" if cut else "put more samples into it, or name another split",
+        )
 
 
 def _check_cover(where: str, what: str, parents: Sequence[ParentJob], target: Any) -> None:

@@ -115,14 +115,12 @@ class Deployment:
         def build(folder: Path) -> None:
             session = open_session(stage.path / file, threads=self.job.threads)
             task = self.job.task
-            processor = task.load(saved)
-            if hasattr(processor, "model_max_length"):  # the run's own limit isn't saved
-                processor.model_max_length = self.job.processor.model_max_length
 
             def answer(inputs: Batch) -> Tensor:
                 return torch.from_numpy(session.run([task.output], arrays(inputs))[0])
 
-            samples = task.samples(self.job.data.test, processor)
+            # a text is cut where the task says; the saved tokenizer's own limit may be longer
+            samples = task.samples(self.job.data.test, task.load(saved))
             found = ask(answer, task, samples, what=f"measuring {stage.name}", batch_size=batch)
             save_file(found, folder / ANSWERS)
 

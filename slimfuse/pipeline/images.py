@@ -20,7 +20,13 @@ from slimfuse.pipeline.shaping import shape_of
 from slimfuse.recipe import Data, TrainConfig
 from slimfuse.tasks import ImageClassification, Task
 from slimfuse.tasks.image_classification import CACHE_BYTES, PIXELS
-from slimfuse.tasks.image_processors import load_processor, make_processor, sides
+from slimfuse.tasks.image_processors import (
+    load_processor,
+    make_processor,
+    processor_file,
+    shown,
+    sides,
+)
 
 PROCESSOR_KEYS = (
     "size", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
@@ -168,11 +174,14 @@ def common_processor(folders: Mapping[str, Path], data: ImageData, size: int) ->
     (first, base), *others = found.items()
     for name, processor in others:
         pairs = [(k, getattr(base, k, None), getattr(processor, k, None)) for k in PROCESSOR_KEYS]
-        differing = [f"{k}: {first} has {a}, {name} has {b}" for k, a, b in pairs if a != b]
+        differing = [
+            f"{k}: {first} has {shown(a)}, {name} has {shown(b)}" for k, a, b in pairs if a != b
+        ]
         if differing:
+            files = [processor_file(folders[parent]) for parent in (first, name)]
             raise ParentError(
                 "the parents prepare images differently",
-                where="preprocessor_config.json",
+                where=" and ".join(map(str, files)),
                 got="; ".join(differing),
                 hint="fine-tune one of them on the other's preprocessing",
             )
@@ -181,9 +190,9 @@ def common_processor(folders: Mapping[str, Path], data: ImageData, size: int) ->
     if shape != (3, size, size) or sides(base) != (size, size):
         raise ParentError(
             "the image processor makes other images than the model takes",
-            where=str(folders[first] / "preprocessor_config.json"),
-            got=f"{' × '.join(map(str, shape))}, size {dict(base.size)}",
-            allowed=f"3 × {size} × {size}, size {{'height': {size}, 'width': {size}}}",
+            where=str(processor_file(folders[first])),
+            got=f"{' × '.join(map(str, shape))}, size {shown(base.size)}",
+            allowed=f"3 × {size} × {size}, size height {size}, width {size}",
             hint="save the processor with these sizes beside the model",
         )
     return base

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,7 +14,7 @@ from slimfuse.data import DataSet
 from slimfuse.errors import ParentError, ShapeError
 from slimfuse.families import Family, ImageFamily, TextFamily, family_of
 from slimfuse.finetune.loop import Precision, best_precision
-from slimfuse.pipeline.checks import check_methods, check_teachers
+from slimfuse.pipeline.checks import check_methods, check_samples, check_teachers
 from slimfuse.pipeline.common import BaseJob, Opened, ParentJob
 from slimfuse.pipeline.images import open_images
 from slimfuse.pipeline.labelling import check_training, class_places, with_labels
@@ -25,7 +26,7 @@ from slimfuse.recipe import Recipe, Training
 from slimfuse.recipe.matching import IMAGE_FAMILIES
 from slimfuse.shapes import Proposal
 from slimfuse.tasks import TASKS, FeatureExtraction, LanguageTask, Task, TextTask
-from slimfuse.tasks.embeddings import IMAGES, TEXTS
+from slimfuse.tasks.embeddings import IMAGES, TEXTS, ImageFeatures, SentenceEmbedding
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Job(BaseJob):
     recipe: Recipe
     family: Family
     proposal: Proposal
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """What computes the stages: timm reads or holds models of images, tokenizers cut texts."""
+        own = "timm" if self.recipe.family in IMAGE_FAMILIES else "tokenizers"
+        return (*super().libraries, own)
 
     @property
     def by_width(self) -> tuple[ParentJob, ...]:
@@ -71,6 +78,8 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     configs = {name: family.load_config(str(folder)) for name, folder in folders.items()}
     opened = _open(recipe, family, task, folders | beside, configs, path.parent)
     task, orders = opened.task, opened.orders
+    family = read_by(family, task)
+    check_samples(task, opened.data, recipe.data.limit.test)
     foreign = [name for name in beside if name in orders]
     if foreign:
         raise ParentError(
@@ -95,6 +104,7 @@ def prepare(recipe: Recipe, path: Path) -> Job:
         raise ParentError(
             "the parents don't fit each other", where="parents", got="; ".join(mismatched)
         )
+    task = reading(task, family, next(iter(configs.values())))
     places = _places(task, configs, opened.data)
     for folder in folders.values():
         family.load(folder)  # strict, and sees a file that was cut off
@@ -125,6 +135,24 @@ def task_of(recipe: Recipe) -> Task:
     if isinstance(task, FeatureExtraction):
         return IMAGES if recipe.family in IMAGE_FAMILIES else TEXTS
     return task
+
+
+def read_by(family: Family, task: Task) -> Family:
+    """Return the family whose models without a head are read as their sentence encoders are."""
+    if not isinstance(task, SentenceEmbedding):
+        return family
+    found: Any = copy.copy(family)
+    found.ending = replace(found.ending, readout=task.readout)
+    return cast(Family, found)
+
+
+def reading(task: Task, family: Family, config: Any) -> Task:
+    """Return the task with features of images that are the tokens that the parents' heads read."""
+    if not isinstance(task, ImageFeatures):
+        return task
+    layout = family.layout(config)
+    assert layout.readout == "mean" or isinstance(layout.readout, int), "of one width"
+    return task.reading(layout.readout, layout.prefix)
 
 
 def _places(task: Task, configs: Mapping[str, Any], data: DataSet) -> dict[str, tuple[int, ...]]:
@@ -161,6 +189,8 @@ def _open(
     every = {name: family.load_config(str(folder)) for name, folder in folders.items()}
     if isinstance(task, LanguageTask):
         task = task.packing(data.packing)
+    else:  # only language models have joined texts
+        data = data.model_copy(update={"packing": False})
     assert isinstance(task, TextTask)
     return open_texts(data, cast(TextFamily, family), folders, every, beside, task)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from slimfuse.data import DataSet, Split
+from slimfuse.data import DataSet, Split, TextData
 from slimfuse.errors import DataError
 from slimfuse.recipe import Data, Train, Training
 from slimfuse.tasks.text_classification import PROBLEMS
@@ -104,27 +104,37 @@ def _same_order(config: Any, data: DataSet) -> bool:
 
 
 def limited(data: D, spec: Data) -> D:
-    """Return a data set with at most as many samples as the recipe allows."""
-    train, test = _cut(data.train, spec.limit.train), _cut(data.test, spec.limit.test)
+    """Return a data set with at most as many samples as the recipe allows.
+
+    Of texts that are joined (`packing`) the first ones, since the next follows from the last.
+    """
+    joined = isinstance(data, TextData) and spec.packing
+    train, test = (
+        _cut(split, limit, joined=joined)
+        for split, limit in ((data.train, spec.limit.train), (data.test, spec.limit.test))
+    )
     return replace(data, train=train, test=test)
 
 
-def _cut(split: Split, limit: int | None) -> Split:
+def _cut(split: Split, limit: int | None, *, joined: bool) -> Split:
     """Return at most `limit` samples: a seeded draw, since many sets are sorted by class."""
-    return split if limit is None or limit >= len(split) else split.sample(limit, seed=0)
+    if limit is None or limit >= len(split):
+        return split
+    return split.first(limit) if joined else split.sample(limit, seed=0)
 
 
-def training_split(train: Training, data: DataSet) -> Split:
+def training_split(train: Training, data: DataSet, *, joined: bool = False) -> Split:
     """Return what a parent is trained on: its shard, classes and samples; labels are its own.
 
     Of samples that may have several classes all stay: that one has none of the parent's is news.
+    joined: whether texts are joined; then samples are the first ones and a shard is a piece.
     """
     split = data.train
     if train.samples is not None:
-        split = split.sample(train.samples, 0)
+        split = split.first(train.samples) if joined else split.sample(train.samples, 0)
     index, count = (int(n) for n in train.shard.split("/"))
     if count > 1:
-        split = split.shard(index, count)
+        split = split.piece(index, count) if joined else split.shard(index, count)
     classes = _classes(train)
     if classes is not None:
         places = [data.classes.index(c) for c in classes]

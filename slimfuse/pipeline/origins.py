@@ -10,6 +10,7 @@ from slimfuse.data.gguf import SUFFIX, converted, find_gguf
 from slimfuse.data.packages import PACKAGE, find_package
 from slimfuse.errors import ParentError, first_line
 from slimfuse.families import TASK_FAMILIES
+from slimfuse.pipeline.lookup import fetch, find_here
 from slimfuse.store import file_digest
 from slimfuse.tasks import Task
 
@@ -40,39 +41,22 @@ def find_parent(
     where = where or f"parents.{name}"
     if origin.startswith(PACKAGE):
         return _ready(name, find_package(origin, where=f"{where}.{key}"), task, f"{where}.{key}")
-    given = Path(origin).expanduser()
-    for path in (beside / given, given):
-        if path.is_dir() or (path.suffix == SUFFIX and path.is_file()):
-            if revision is not None:
-                raise ParentError(
-                    "a revision goes only with a hub id, and this is on this machine",
-                    where=f"{where}.revision",
-                    got=revision,
-                    hint="remove the key",
-                )
-            return _ready(name, path, task, f"{where}.{key}")
-    hint = f"give a folder with config.json, {WEIGHTS}, {', '.join(task.files)}, or a .gguf file"
-    looks_local = origin.startswith((".", "/", "~")) or origin.count("/") != 1
-    top = Path(given.parts[0])
-    if not looks_local and ((beside / top).is_dir() or top.is_dir()):
-        looks_local = True  # a mistyped path rather than a hub id
-        hint = f"the folder {top} is here, but {given.name} is not in it; {hint}"
-    if looks_local or given.suffix == SUFFIX:
+    path = find_here(origin, beside)
+    if path is not None and revision is not None:
         raise ParentError(
-            f"parent {name!r} does not exist", where=f"{where}.{key}", got=origin, hint=hint
+            "a revision goes only with a hub id, and this is on this machine",
+            where=f"{where}.revision",
+            got=revision,
+            hint="remove the key",
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        fetched = snapshot_download(origin, revision=revision, allow_patterns=list(FETCHED))
-    except Exception as error:
-        raise ParentError(
-            f"parent {name!r} is neither a folder here nor to be had from the hub",
-            where=f"{where}.{key}",
-            got=f"{origin} ({first_line(error)})",
-            hint=f"{hint}, or a hub id while online",
-        ) from error
-    return _ready(name, Path(fetched), task, f"{where}.{key}")
+    if path is None:
+        needed = ", ".join(("config.json", WEIGHTS, *task.files))
+        path = fetch(
+            origin, beside, FETCHED, what=f"parent {name!r}", where=f"{where}.{key}",
+            hint=f"give a folder with {needed}, a .gguf file, or a hub id while online",
+            revision=revision,
+        )  # fmt: skip
+    return _ready(name, path, task, f"{where}.{key}")
 
 
 def _ready(name: str, path: Path, task: Task, where: str) -> Path:

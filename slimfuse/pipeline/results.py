@@ -77,6 +77,7 @@ def make_report(m: Measurements) -> Report:
         },
         timings=m.timings,
         warnings=tuple(_warnings(m, bench["latencies"])),
+        metric=m.job.task.metric.key,
     )  # fmt: skip
 
 

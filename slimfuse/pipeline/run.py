@@ -249,10 +249,10 @@ def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
         )
     )  # fmt: skip
     with working("drawing the report"):
-        html = render_html(report)
+        values, html = to_json(report), render_html(report)  # whole, or nothing is published
     store.withdraw("report.json", "report.html")  # never a report beside another model
     model = store.publish(package, "model")
-    write_text(store.root / "report.json", to_json(report))
+    write_text(store.root / "report.json", values)
     write_text(store.root / "report.html", html)
     store.log("run", "done", gates=all(g.passed for g in report.gates))
     return Run(store.root, model, report)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from slimfuse import __version__
 from slimfuse.data import Split
+from slimfuse.data.base import draw
 from slimfuse.families.pretrained import begin
 from slimfuse.finetune.distill import Fetch, distillation_loss, labels_loss
 from slimfuse.finetune.loop import Schedule, fit, steps_of
@@ -61,7 +62,7 @@ class BaseStages(ABC):
             "slimfuse": __version__,
             "versions": {name: version(name) for name in job.libraries},
             "threads": job.threads,
-            "task": [job.task.name, job.task.joins],
+            "task": [job.task.name, job.task.joins and "cut in a row"],
             "processor": job.task.identity(job.processor),
             "data": job.data.fingerprint,
             "limit": [len(job.data.train), len(job.data.test)],
@@ -101,7 +102,7 @@ class BaseStages(ABC):
 
     def train(self, model: nn.Module, train: Training, folder: Path, parent: ParentJob) -> None:
         """Train a parent's model on labels and save it."""
-        split = training_split(train, self.job.data)
+        split = training_split(train, self.job.data, joined=self.job.task.joins)
         whole = split is self.job.data.train
         samples = self.samples("train") if whole else self.prepared(split)
         fetch = self._fetch(samples, train.augment)
@@ -170,21 +171,25 @@ class BaseStages(ABC):
         def build(folder: Path) -> None:
             model = self.job.family.load(start.path, attention="eager")
             samples, task = self.samples("train"), self.job.task
+            teach = self.teaching.targets()
             losses = fit(
                 model,
                 distillation_loss(
                     task,
                     self._fetch(samples, spec.augment),
-                    self.teaching.targets(),
+                    teach,
                     temperature=spec.distill.temperature,
                     hardness=spec.distill.hardness,
-                    criterion=task.criterion.begun(lambda: self.teaching.first(model, samples)),
+                    criterion=task.criterion.begun(
+                        lambda: self.teaching.first(model, samples, teach)
+                    ),
                 ),
                 len(samples),
                 self.finetune_schedule,
                 precision=self.job.precision,
                 checkpoint=folder / CHECKPOINT,
                 what=f"finetuning {'the child' if kind == 'fused' else kind}",
+                lengths=samples.lengths,
             )
             self.save(model, folder)
             (folder / "losses.json").write_text(json.dumps(losses))
@@ -198,7 +203,8 @@ class BaseStages(ABC):
         spec = self.recipe.finetune
         return Schedule(
             steps_of(self.job.count("train"), spec.epochs, spec.batch_size), spec.batch_size,
-            spec.lr, spec.weight_decay, spec.warmup, spec.ema, spec.seed,
+            spec.lr, spec.weight_decay, spec.warmup, spec.ema, spec.seed, spec.dropout,
+            spec.group_by_length,
         )  # fmt: skip
 
     def evidence(self, stage: Stage) -> Evidence:
@@ -235,10 +241,17 @@ class BaseStages(ABC):
         return self.job.task.samples(split, self.job.processor, uniform=uniform)
 
     def calibration(self) -> tuple[Samples, tuple[Tensor, ...]]:
-        """Return the calibration samples, all of one size, and their indices in batches."""
-        spec = self.recipe.data.calibration
+        """Return samples of one size, and in batches the indices of those for calibration.
+
+        Of joined texts they are whole blocks of the training set, else a draw of its samples.
+        """
+        spec, size = self.recipe.data.calibration, self.recipe.fuse.batch_size
+        if self.job.task.joins:
+            samples = self.samples("train")
+            drawn = torch.from_numpy(draw(len(samples), spec.samples, spec.seed))
+            return samples, drawn.split(size)
         samples = self.prepared(self.job.data.train.sample(spec.samples, spec.seed), uniform=True)
-        return samples, torch.arange(len(samples)).split(self.recipe.fuse.batch_size)
+        return samples, torch.arange(len(samples)).split(size)
 
     def _fetch(self, samples: Samples, kinds: Sequence[Augmentation]) -> Fetch:
         return lambda indices: self.job.task.examples(samples, indices, kinds)

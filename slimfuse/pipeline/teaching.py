@@ -37,6 +37,7 @@ def spread(scores: Tensor, places: Sequence[int], classes: int) -> Tensor:
 @torch.no_grad()
 def answer(model: nn.Module, layout: Layout, inputs: Batch) -> tuple[Tensor, Tensor]:
     """Return a model's logits (n, classes) and what its head reads (n, d)."""
+    assert layout.head, "only models with classes are united, and those have a head"
     seen: list[Tensor] = []
     head = model.get_submodule(layout.head)
     handle = head.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))
@@ -129,7 +130,12 @@ class Teaching:
         return self.job.family.layout(parent.config)
 
     def targets(self) -> Teach:
-        """Return what the teachers say of the rows that count, see `Teach`."""
+        """Return what the teachers say of the rows that count, see `Teach`.
+
+        Answers that are kept were given in the teachers' own precision; those given amid a
+        training are in its own: in bf16 in half the time. Where nothing is kept, the function
+        holds the loaded models: they are in memory as long as it is.
+        """
         temperature = self.job.recipe.finetune.distill.temperature
         teachers, family, task = self.job.teachers, self.job.family, self.job.task
         weights = [t.weight for t in teachers]
@@ -142,7 +148,8 @@ class Teaching:
 
             def say(_indices: Tensor, inputs: Batch, labels: Tensor) -> Tensor:
                 answers = [told(task, m, inputs, labels) for m in models]
-                return task.criterion.combine(answers, weights, temperature)
+                with torch.autocast(inputs.device.type, enabled=False):
+                    return task.criterion.combine(answers, weights, temperature)
 
             return say
         union = self._union(teachers, models)
@@ -161,9 +168,9 @@ class Teaching:
         soft = torch.cat([unite(chunk, samples[chunk], chunk) for chunk in chunks])
         return lambda indices, _inputs, _labels: soft[indices]
 
-    def first(self, model: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]:
+    def first(self, model: nn.Module, samples: Samples, teach: Teach) -> tuple[Tensor, Tensor]:
         """Return the rows of a model and of the teachers on some training samples."""
-        task, teach = self.job.task, self.targets()
+        task = self.job.task
         generator = torch.Generator().manual_seed(self.job.recipe.finetune.seed)
         some = torch.randperm(len(samples), generator=generator)[:FIRST]
         rows, targets = [], []

@@ -22,10 +22,12 @@ from slimfuse.families import Family, TextFamily
 from slimfuse.pipeline.labelling import limited
 from slimfuse.pipeline.lookup import TOKENIZER, find_folder
 from slimfuse.pipeline.new_tokenizer import train_tokenizer
+from slimfuse.pipeline.sentences import Encoder, common_encoder
 from slimfuse.pipeline.shaping import shape_of
 from slimfuse.pipeline.vocabularies import Order, common_tokenizer, first_position
 from slimfuse.progress import working
 from slimfuse.recipe import Data, TrainConfig
+from slimfuse.tasks.embeddings import SentenceEmbedding
 from slimfuse.tasks.text_classification import TextClassification
 from slimfuse.tasks.texts import TextTask
 
@@ -112,20 +114,41 @@ def open_texts(
     configs: of all of them. The models in `Texts.orders` are yet to be aligned. Raises ParentError
     or DataError.
     """
+    told = Encoder()
+    if isinstance(task, SentenceEmbedding):
+        told = common_encoder(folders)
     data = load(spec, beside, labels=task.labelled)
     saved = [c.max_position_embeddings - first_position(family, c) for c in configs.values()]
     tokenizer, orders = find_tokenizer(spec, family, folders, beside, task, data)
-    tokenizer.model_max_length = longest(spec, task, saved, tokenizer.model_max_length)
+    limit, most = limits(spec, task, saved, tokenizer.model_max_length, told.longest)
+    tokenizer.model_max_length = limit
     own = task.of(data)
     assert isinstance(own, TextTask)
+    own = own.truncating(most)
+    if isinstance(own, SentenceEmbedding):
+        own = own.pooled(told.pooling, told.longest and min(limit, max(told.longest, most)))
+        if told.pooling == "cls":  # the first of all tokens, as in the run, is never padding
+            tokenizer.padding_side = "right"
     # a new model is to be fused with the saved ones, so it has their sizes
     rows = max((int(c.vocab_size) for c in configs.values()), default=len(tokenizer))
-    positions = min(saved, default=tokenizer.model_max_length)
+    positions = min(saved, default=limit)
     return Texts(data, tokenizer, own, orders, rows, positions)
 
 
+def limits(
+    spec: Data, task: TextTask, saved: Sequence[int], own: int, told: int | None
+) -> tuple[int, int]:
+    """Return the most tokens of a text of the finished model, and of one in this run.
+
+    The model takes what the saved tokenizers (own) and models (saved) take, though never less than
+    the run gives it; told: what sentence encoders cut texts at. See `longest` for the rest.
+    """
+    most = longest(spec, task, saved, own if told is None else min(own, told))
+    return max(most, min([own, *saved])) if saved else most, most
+
+
 def longest(spec: Data, task: TextTask, saved: Sequence[int], own: int | None = None) -> int:
-    """Return the most tokens of a text: the recipe's, else what tokenizer and models take.
+    """Return the most tokens of a text in a run: the recipe's, else what tokenizer and models take.
 
     saved: what the saved models take; own: the tokenizer, where it was opened. Raises ParentError
     where the recipe's texts are longer than the models take.

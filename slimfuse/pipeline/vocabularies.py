@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimfuse.errors import ParentError
 from slimfuse.families import Family
-from slimfuse.tasks.texts import TextTask, backend
+from slimfuse.tasks.texts import SIDES, TextTask, backend, special_tokens
 
 Order = Mapping[int, int]
 """Where another model keeps a token, by its number in the first tokenizer."""
@@ -42,7 +42,8 @@ def common_tokenizer(task: TextTask, folders: Mapping[str, Path]) -> tuple[Any, 
 def compare(first: str, base: Any, name: str, other: Any) -> Order | None:
     """Return where `other` keeps the tokens of `base`, None where all numbers are the same.
 
-    Raises ParentError where they differ in anything but the numbers.
+    Raises ParentError where they differ in anything but the numbers. A special token that only one
+    of them names is no difference.
     """
     differing = _differences(first, base, name, other)
     if differing:
@@ -51,6 +52,14 @@ def compare(first: str, base: Any, name: str, other: Any) -> Order | None:
             where="tokenizer.json",
             got="; ".join(differing),
             hint="fuse models with one tokenizer",
+        )
+    settings = _settings(first, base, name, other)
+    if settings:
+        raise ParentError(
+            "the parents' tokenizers are set up differently",
+            where="tokenizer_config.json",
+            got="; ".join(settings),
+            hint="fuse models with one tokenizer, or save them with the same settings",
         )
     ours, theirs = base.get_vocab(), other.get_vocab()
     return None if ours == theirs else {i: theirs[token] for token, i in ours.items()}
@@ -69,6 +78,15 @@ def _differences(first: str, base: Any, name: str, other: Any) -> list[str]:
     left, right = _spelled(base), _spelled(other)
     keys = [k for k in left.keys() | right.keys() if left.get(k) != right.get(k)]
     return [f"{key} of {first} and {name}" for key in sorted(keys)]
+
+
+def _settings(first: str, base: Any, name: str, other: Any) -> list[str]:
+    """Return what two tokenizers of the same rules do otherwise, one line each."""
+    left, right = special_tokens(base), special_tokens(other)
+    shared = [key for key in left if key in right]
+    pairs = {key: (left[key], right[key]) for key in shared}
+    pairs |= {side: (getattr(base, side), getattr(other, side)) for side in SIDES}
+    return [f"{k}: {first} has {a!r}, {name} {b!r}" for k, (a, b) in pairs.items() if a != b]
 
 
 def _spelled(tokenizer: Any) -> dict[str, Any]:

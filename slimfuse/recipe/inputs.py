@@ -25,7 +25,7 @@ from slimfuse.recipe.strict import (
 
 
 class Limit(Strict):
-    """Caps on the number of samples, for a quick try."""
+    """Caps on the number of samples, for a quick try; of texts that are joined the first ones."""
 
     train: Count | None = Field(None, description="Most training samples to use; null: all.")
     test: Count | None = Field(None, description="Most test samples to use; null: all.")
@@ -34,7 +34,9 @@ class Limit(Strict):
 class Calibration(Strict):
     """The training samples on which activations are observed."""
 
-    samples: int = Field(512, ge=1, le=100_000, description="Number of samples.")
+    samples: int = Field(
+        512, ge=1, le=100_000, description="Number of samples; of texts that are joined, blocks."
+    )
     seed: Seed = Field(0, description="Seed of their choice.")
 
 
@@ -97,8 +99,9 @@ class Data(Strict):
     )
     max_length: Count | None = Field(
         None,
-        description="Most tokens of a text, or those of a block; null: what the tokenizer and the "
-        "parents take, of a block at most 512.",
+        description="Most tokens of a text in this run, or those of a block; null: what the "
+        "tokenizer and the parents take, of a block at most 512. The finished model takes what its "
+        "parents take.",
     )
     tokenizer: Location | None = Field(
         None,
@@ -208,10 +211,14 @@ class Training(Strict):
     """How the run trains a model of its own (AdamW, cosine schedule)."""
 
     shard: Shard = Field(
-        "1/1", description="'i/n': train on the i-th of n disjoint parts of the training set."
+        "1/1",
+        description="'i/n': train on the i-th of n disjoint parts of the training set, a seeded "
+        "shuffle; texts that are joined keep their order.",
     )
     samples: Count | None = Field(
-        None, description="Train on at most so many samples, a seeded draw; null: all."
+        None,
+        description="Train on at most so many samples, a seeded draw; of texts that are joined "
+        "the first ones; null: all.",
     )
     epochs: Count = Field(description="Passes over the shard.")
     batch_size: Count = Field(128, description="Samples per step.")

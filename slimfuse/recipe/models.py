@@ -64,6 +64,12 @@ class Finetune(Strict):
     weight_decay: NonNegative = Field(0.05, description="Decoupled weight decay, times lr.")
     warmup: Fraction = Field(0.1, description="Part of the steps with a rising rate, 0 to 1.")
     augment: Augment = Field((), description="Random changes to the training pictures.")
+    dropout: bool = Field(
+        False, description="Whether the model's own dropout is active; its config keeps it."
+    )
+    group_by_length: bool = Field(
+        True, description="Put texts of like length into one batch, which then pads less."
+    )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Decay per step of the averaged weights, 0 to 1; null: no average."
     )

@@ -42,7 +42,7 @@ def render_html(report: Report) -> str:
         style=Markup(_text("style.css")),  # noqa: S704  # our own file, no user's text
         clauses=verdict(report).split(" · "),
         base=reference(report),
-        metrics=words.metric_order(report.rows),
+        metrics=words.metric_order(report.rows, report.metric),
         conditions=report.conditions,
         plot=plots[0] if plots else None,
         more_plots=plots[1:],

@@ -132,7 +132,8 @@ class Picture:
 class Report:
     """All that one run measured. Row names are unique: speed-ups refer to rows by name.
 
-    settings: the recipe lock. timings: seconds per stage of the run.
+    settings: the recipe lock. timings: seconds per stage of the run. metric: the one to lead with,
+    "" for the first by name.
 
     Raises: SlimfuseError when two rows share a name or a speed-up names no row.
     """
@@ -149,6 +150,7 @@ class Report:
     environment: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    metric: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", plain(self.settings))

@@ -12,8 +12,8 @@ _TIMED = ("onnx", "finetuned", "fused", "onnx-int8")
 
 
 def primary_metric(report: Report) -> str | None:
-    """Return the metric the report leads with: accuracy, else F1, …, else the first by name."""
-    order = words.metric_order(report.rows)
+    """Return the metric the report leads with: the task's, else the first by name."""
+    order = words.metric_order(report.rows, report.metric)
     return order[0] if order else None
 
 

@@ -6,7 +6,6 @@ import re
 
 from slimfuse.report.rows import Figure, Row, Speedup
 
-_FIRST = ("perplexity", "accuracy", "top1", "f1", "matthews", "pearson", "spearman", "loss")
 _SHARES = (
     "accuracy", "top", "f1", "precision", "recall", "auc", "agreement", "overlap", "error", "ece",
 )  # fmt: skip
@@ -23,13 +22,10 @@ def lower_is_better(metric: str) -> bool:
     return _is(metric, _LOWER)
 
 
-def metric_order(rows: tuple[Row, ...]) -> list[str]:
-    """Return every metric of the rows, the one a reader asks for first in front."""
-
-    def rank(name: str) -> tuple[int, str]:
-        return next((i for i, s in enumerate(_FIRST) if _is(name, (s,))), len(_FIRST)), name
-
-    return sorted({name for row in rows for name in row.metrics}, key=rank)
+def metric_order(rows: tuple[Row, ...], first: str = "") -> list[str]:
+    """Return every metric of the rows by name, `first` in front."""
+    names = {name for row in rows for name in row.metrics}
+    return sorted(names, key=lambda name: (name != first, name))
 
 
 def is_share(metric: str, figure: Figure) -> bool:

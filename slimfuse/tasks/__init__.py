@@ -8,7 +8,6 @@ from slimfuse.tasks.base import (
     Task,
     answers_of,
     ask,
-    logits,
 )
 from slimfuse.tasks.criteria import Criterion
 from slimfuse.tasks.embeddings import FeatureExtraction, SentenceEmbedding
@@ -56,5 +55,4 @@ __all__ = [
     "accuracy",
     "answers_of",
     "ask",
-    "logits",
 ]  # fmt: skip

@@ -38,6 +38,10 @@ class Samples(Protocol):
     def order(self) -> Tensor:
         """Every sample once, in the order in which batches waste least."""
 
+    @property
+    def lengths(self) -> Tensor | None:
+        """How long each sample is (n,), None where all are of one size."""
+
 
 class Task(ABC):
     """One task: how its samples are prepared, asked and judged, and what stock tools call it.
@@ -95,7 +99,10 @@ class Task(ABC):
 
     @abstractmethod
     def identity(self, preprocessor: Any) -> dict[str, Any]:
-        """Return all that decides what the preprocessor makes of a sample, as JSON values."""
+        """Return all that decides what becomes of a sample and of its answer, as JSON values.
+
+        It is part of every stage's key.
+        """
 
     @abstractmethod
     def samples(self, split: Split, preprocessor: Any, *, uniform: bool = False) -> Samples:
@@ -171,17 +178,3 @@ def answers_of(model: nn.Module, output: str) -> Answer:
         return found.float().cpu()
 
     return answer
-
-
-@torch.no_grad()
-def logits(model: nn.Module, samples: Samples, *, batch_size: int = 256, what: str) -> Tensor:
-    """Return float32 logits (n, classes) of every sample, in order, in the model's precision."""
-    answer = answers_of(model, "logits")
-    order, parts, done = samples.order, [], 0
-    with track(what, len(samples)) as tell:
-        for chunk in torch.split(order, batch_size):
-            parts.append(answer(samples[chunk]))
-            done += len(chunk)
-            tell(done)
-    found = torch.cat(parts)
-    return torch.empty_like(found).index_copy_(0, order, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -47,8 +47,7 @@ class Categorical:
         self, answers: Sequence[Tensor], weights: Sequence[float], temperature: float
     ) -> Tensor:
         """Return the weighted mean of the probabilities (n, classes) at `temperature`."""
-        parts = [torch.softmax(z.float() / temperature, -1) for z in answers]
-        return _mean(parts, weights)
+        return _mean((torch.softmax(z.float() / temperature, -1) for z in answers), weights)
 
     def taught(self, rows: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """Return T²·KL."""
@@ -72,7 +71,7 @@ class Several:
         self, answers: Sequence[Tensor], weights: Sequence[float], temperature: float
     ) -> Tensor:
         """Return the weighted mean of the labels' probabilities (n, classes)."""
-        return _mean([torch.sigmoid(z.float() / temperature) for z in answers], weights)
+        return _mean((torch.sigmoid(z.float() / temperature) for z in answers), weights)
 
     def taught(self, rows: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """Return T² times the cross-entropy against the teachers' probabilities."""
@@ -97,7 +96,7 @@ class Numeric:
         self, answers: Sequence[Tensor], weights: Sequence[float], temperature: float
     ) -> Tensor:
         """Return the weighted mean of the teachers' numbers (n, 1)."""
-        return _mean([z.float() for z in answers], weights)
+        return _mean((z.float() for z in answers), weights)
 
     def taught(self, rows: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """Return the mean squared difference."""
@@ -118,7 +117,8 @@ class Direction:
     all pairs of a batch, which no turn of the space changes (Park et al. 2019, arXiv 1904.05068,
     section 3). frame: the leading right singular vectors of the teachers' embeddings, which keep
     their inner products best (Eckart & Young 1936), turned onto the model's start by Procrustes
-    (Schönemann 1966).
+    (Schönemann 1966). Cosines are taken in float32, amid a training in bf16 too, which keeps two
+    or three digits of them.
     """
 
     frame: Tensor | None = None
@@ -143,6 +143,10 @@ class Direction:
 
     def taught(self, rows: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """Return both terms' sum."""
+        with torch.autocast(rows.device.type, enabled=False):
+            return self._apart(rows.float(), targets.float())
+
+    def _apart(self, rows: Tensor, targets: Tensor) -> Tensor:
         own = nn.functional.normalize(rows, dim=1)
         gaps = (own @ own.T - targets @ targets.T).square()
         others = max(1, len(own) - 1)  # a pair of one with itself is no pair
@@ -157,6 +161,12 @@ class Direction:
         return
 
 
-def _mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _mean(parts: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the weighted mean, one part at a time: those over a vocabulary are large."""
     total = sum(weights)
-    return torch.stack([(w / total) * x for w, x in zip(weights, parts, strict=True)]).sum(0)
+    shares = iter([w / total for w in weights])
+    every = iter(parts)
+    found = next(every) * next(shares)
+    for part, share in zip(every, shares, strict=True):
+        found += share * part
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,39 @@ from slimfuse.tasks.texts import TextTask
 NEIGHBOURS = 10
 MOST_QUERIES = 2000  # samples whose neighbours are looked up
 METRICS = (Metric("spearman", share=False), Metric("neighbour_overlap"))
+Pooling = Literal["mean", "cls"]
+USAGE = """\
+texts = ["a text", "another, longer text"]
+inputs = preprocessor(texts, padding=True, truncation=True, return_tensors="pt")
+"""
+POOLED: dict[Pooling, str] = {
+    "mean": """\
+states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][:, :, None]
+embeddings = (states * mask).sum(1) / mask.sum(1)  # cosines of these are similarities""",
+    "cls": """\
+embeddings = model(**inputs).last_hidden_state[:, 0]  # cosines of these are similarities""",
+}
+"""How sentence encoders make one state of a text's, for a model's card."""
 
 
-def mean_pooled(states: Tensor, inputs: Batch) -> Tensor:
-    """Return the mean (n, d) of the real tokens of last hidden states (n, tokens, d)."""
-    mask = token_mask(inputs)
+def mean_pooled(states: Tensor, inputs: Batch, prefix: int = 0) -> Tensor:
+    """Return the mean (n, d) of last hidden states (n, tokens, d) of the real tokens.
+
+    prefix: tokens at the beginning that don't count.
+    """
+    states, mask = states[:, prefix:], token_mask(inputs)
     if mask is None:
         return states.mean(1)
-    share = mask.to(states)[:, :, None]
+    share = mask[:, prefix:].to(states)[:, :, None]
     found: Tensor = (states * share).sum(1) / share.sum(1)
     return found
 
 
 class _Embedding(Task):
-    """What tasks of embeddings share."""
+    """What tasks of embeddings share.
+
+    readout: the token whose state is the embedding, or the mean of all behind the first `prefix`.
+    """
 
     output = "last_hidden_state"
     auto_model = "AutoModel"
@@ -46,10 +65,20 @@ class _Embedding(Task):
     answers = "embeddings"
     labelled = by_class = False
     compares = True
+    readout: int | Literal["mean"] = "mean"
+    prefix: int = 0
+
+    def reading(self, readout: int | Literal["mean"], prefix: int = 0) -> Self:
+        """Return the task with embeddings of one token, or the mean behind some."""
+        found = copy.copy(self)
+        found.readout, found.prefix = readout, prefix
+        return found
 
     def embed(self, states: Tensor, inputs: Batch) -> Tensor:
         """Return the embeddings (n, d) that last hidden states (n, tokens, d) give."""
-        return mean_pooled(states, inputs)
+        if self.readout == "mean":
+            return mean_pooled(states, inputs, self.prefix)
+        return states[:, self.readout]  # texts are padded on the right
 
     def rows(self, output: Tensor, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the embeddings."""
@@ -99,18 +128,40 @@ def overlap(one: Tensor, two: Tensor, count: int = NEIGHBOURS) -> Tensor:
 
 
 class SentenceEmbedding(_Embedding, TextTask):
-    """Embeddings of texts: the mean of their tokens' last states."""
+    """Embeddings of texts: the mean of their tokens' last states, or the first token's.
+
+    longest: the most tokens that sentence-transformers gives the finished model, None for as many
+    as its tokenizer says.
+    """
 
     name = "sentence-embedding"
     tag = "sentence-similarity"
-    usage = """\
-inputs = preprocessor(["a text", "another, longer text"], padding=True, return_tensors="pt")
-states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][:, :, None]
-embeddings = (states * mask).sum(1) / mask.sum(1)  # cosines of these are similarities"""
+    usage = USAGE + POOLED["mean"]
+    longest: int | None = None
+
+    @property
+    def pooling(self) -> Pooling:
+        """What sentence-transformers calls the readout."""
+        return "mean" if self.readout == "mean" else "cls"
+
+    def pooled(self, pooling: Pooling, longest: int | None) -> Self:
+        """Return the task with another readout and limit."""
+        found = self.reading("mean" if pooling == "mean" else 0)
+        found.longest, found.usage = longest, USAGE + POOLED[pooling]
+        return found
+
+    def identity(self, preprocessor: Any) -> dict[str, Any]:
+        """Return what decides of the tokens, and which of their states count."""
+        own = {"pooling": self.pooling, "longest": self.longest}
+        return super().identity(preprocessor) | own
 
     def extras(self, preprocessor: Any, config: Any) -> dict[str, Any]:
-        """Return what sentence-transformers reads: body, mean pooling, unit length."""
-        pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}
+        """Return what sentence-transformers reads: body, pooling, unit length, most tokens."""
+        pooling = {
+            "word_embedding_dimension": config.hidden_size,
+            "pooling_mode_cls_token": self.pooling == "cls",
+            "pooling_mode_mean_tokens": self.pooling == "mean",
+        }
         modules = (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
         return {
             "modules.json": [
@@ -122,7 +173,10 @@ embeddings = (states * mask).sum(1) / mask.sum(1)  # cosines of these are simila
                 }
                 for i, (kind, path) in enumerate(modules)
             ],
-            "sentence_bert_config.json": {"max_seq_length": int(preprocessor.model_max_length)},
+            "sentence_bert_config.json": {
+                "max_seq_length": int(self.longest or preprocessor.model_max_length),
+                "do_lower_case": False,
+            },
             "1_Pooling/config.json": pooling,
         }
 
@@ -134,13 +188,14 @@ class TextFeatures(_Embedding, TextTask):
 
 
 class ImageFeatures(_Embedding, ImageTask):
-    """Features of images, patch by patch; judged by the class token's."""
+    """Features of images, patch by patch; judged by the class token's or the patches' mean."""
 
     name = "feature-extraction"
+    readout = 0
 
-    def embed(self, states: Tensor, inputs: Batch) -> Tensor:
-        """Return the first token's state."""
-        return states[:, 0]
+    def identity(self, preprocessor: Any) -> dict[str, Any]:
+        """Return what the processor does with an image, and which tokens' states count."""
+        return super().identity(preprocessor) | {"readout": [self.readout, self.prefix]}
 
 
 class FeatureExtraction(TextFeatures):

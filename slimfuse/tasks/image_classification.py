@@ -28,6 +28,8 @@ SHIFT_FRACTION = 1 / 14  # of the image's side: two pixels of 28
 class Pixels:
     """A split seen through a processor; kept in memory when it takes less than 2 GiB."""
 
+    lengths = None
+
     def __init__(self, split: Split, processor: Any) -> None:
         self.split, self.processor = split, processor
         self.labels = torch.from_numpy(np.ascontiguousarray(split.labels))

@@ -50,6 +50,21 @@ def load_processor(folder: Path) -> Any:
         ) from error
 
 
+def processor_file(folder: Path) -> Path:
+    """Return the file that says how a model's images are prepared: timm keeps it in config.json."""
+    name = "preprocessor_config.json" if _record(folder) is None else "config.json"
+    return folder / name
+
+
+def shown(value: Any) -> str:
+    """Return a processor's setting as words: sizes as `height 224, width 224`."""
+    if hasattr(value, "items") or hasattr(value, "__dataclass_fields__"):
+        return ", ".join(f"{k} {v}" for k, v in dict(value).items() if v is not None)
+    if isinstance(value, list | tuple):
+        return f"({', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in value)})"
+    return "nothing" if value is None else str(value)
+
+
 def save_processor(processor: Any, folder: Path) -> None:
     """Write preprocessor_config.json and, into a timm model's config.json, what timm needs."""
     processor.save_pretrained(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from slimfuse.data import Split
 from slimfuse.tasks.base import Augmentation, Evidence, Samples
 from slimfuse.tasks.blocks import Blocks
 from slimfuse.tasks.metrics import Measured, Metric, perplexity, share
-from slimfuse.tasks.texts import IDS, TextSamples, TextTask, Tokens, load_tokenizer
+from slimfuse.tasks.texts import IDS, TextSamples, TextTask, load_tokenizer
 
 IGNORED = -100
 EXCERPT_TOKENS = 16  # of a text whose logits are kept beside a model
@@ -33,21 +33,28 @@ class LanguageTask(TextTask):
     batch_size = 8
     cached = labelled = by_class = False
     joins = True
+    sample = "block"
 
-    def packing(self, packed: bool) -> LanguageTask:
+    def packing(self, packed: bool) -> Self:
         """Return the task with texts joined, or one by one."""
         found = copy.copy(self)
         found.joins = packed
-        return found
+        return found._named()
+
+    def truncating(self, length: int) -> Self:
+        """Return the task with samples of so many tokens at most, blocks of so many exactly."""
+        return super().truncating(length)._named()
+
+    def _named(self) -> Self:
+        block = "block" if self.length is None else f"{self.length}-token block"
+        self.sample = block if self.joins else "text"
+        return self
 
     def samples(self, split: Split, preprocessor: Any, *, uniform: bool = False) -> TextSamples:
         """Return blocks of the split's texts, or the texts one by one."""
         if self.joins:
-            return Blocks(split, preprocessor, preprocessor.model_max_length)
-        found = Tokens(split, preprocessor)
-        if uniform and len(found):
-            found.length = int(found.lengths.max())
-        return found
+            return Blocks(split, preprocessor, self.length or preprocessor.model_max_length)
+        return super().samples(split, preprocessor, uniform=uniform)
 
     def rows(self, output: Tensor, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits (r, vocabulary) of the tokens that have labels, and those (r,)."""

@@ -140,16 +140,23 @@ def micro_f1(scores: Tensor, labels: Tensor) -> Measured:
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> Measured:
-    """Return the mean over labels of the area under precision and recall, logits (n, classes)."""
-    from torchmetrics.functional.classification import multilabel_average_precision
+    """Return the mean over labels of the area under precision and recall, logits (n, classes).
+
+    Over those labels that a sample has: of the others there is no recall. Nought, and nothing
+    known, where no sample has any.
+    """
+    from torchmetrics.functional.classification import binary_average_precision
 
     probabilities, wanted = scores.sigmoid(), labels.int()
+    if not bool(wanted.any()):
+        return Measured(0.0, 0.0, 1.0, len(labels))
 
     def score(places: Tensor) -> Tensor:
-        found: Tensor = multilabel_average_precision(
-            probabilities[places], wanted[places], scores.shape[1], average="macro"
-        )
-        return found
+        told, true = probabilities[places], wanted[places]
+        areas = [
+            binary_average_precision(told[:, k], true[:, k]) for k in true.any(0).nonzero()[:, 0]
+        ]
+        return torch.stack(areas).mean() if areas else torch.tensor(torch.nan)
 
     return bootstrap(score, len(labels))
 

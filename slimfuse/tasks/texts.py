@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from slimfuse.errors import ParentError, first_line
 from slimfuse.tasks.base import Samples, Task
 
 IDS = "input_ids"
+SIDES = ("truncation_side", "padding_side")
+CALLED = ("max_length", "stride", "truncation_strategy")
+"""What stays in a tokenizer's settings of its last call before it was saved."""
 
 
 class TextSamples(Samples, Protocol):
@@ -30,13 +34,23 @@ class TextSamples(Samples, Protocol):
 class Tokens:
     """A split seen through a tokenizer: encoded once, padded on the right when asked for.
 
-    length: what every batch is padded to, None for the longest of each batch.
+    length: what every batch is padded to, None for the longest of each batch; most: tokens of a
+    text, None for as many as the tokenizer says.
     """
 
-    def __init__(self, split: Split, tokenizer: Any, length: int | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        tokenizer: Any,
+        length: int | None = None,
+        *,
+        most: int | None = None,
+    ) -> None:
         self.labels = torch.from_numpy(np.ascontiguousarray(split.labels))
         self.tokenizer = tokenizer
-        encoded = tokenizer(list(split.items), truncation=True) if len(split) else {}
+        encoded = {}
+        if len(split):
+            encoded = tokenizer(list(split.items), truncation=True, max_length=most)
         self._columns: dict[str, list[list[int]]] = dict(encoded.items())
         pad = tokenizer.pad_token_id
         self._fill = {IDS: pad if pad is not None else tokenizer.eos_token_id or 0, MASK: 0}
@@ -69,6 +83,15 @@ def backend(tokenizer: Any) -> str:
     return json.dumps({k: v for k, v in told.items() if k not in ("truncation", "padding")})
 
 
+def special_tokens(tokenizer: Any) -> dict[str, str]:
+    """Return the tokens that a tokenizer has a use for (pad, cls, mask, bos, …), by the use."""
+    return {
+        name: str(token)
+        for name, token in tokenizer.special_tokens_map.items()
+        if name.endswith("_token") and token is not None
+    }
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Return the saved tokenizer of a model's folder; raises ParentError."""
     from transformers import AutoTokenizer
@@ -93,9 +116,14 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 class TextTask(Task):
-    """A task whose samples are texts, cut into tokens by the saved tokenizer."""
+    """A task whose samples are texts, cut into tokens by the saved tokenizer.
+
+    length: the most tokens of a sample, None for as many as the tokenizer says. It is the run's
+    alone: the tokenizer that is saved keeps its own limit.
+    """
 
     sample = "text"
+    length: int | None = None
     preprocessor = "tokenizer"
     files: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json")
     auto_preprocessor = "AutoTokenizer"
@@ -112,17 +140,38 @@ class TextTask(Task):
             )
         return tokenizer
 
+    def truncating(self, length: int) -> Self:
+        """Return the task with samples of so many tokens at most."""
+        found = copy.copy(self)
+        found.length = length
+        return found
+
+    def save(self, preprocessor: Any, folder: Path) -> None:
+        """Write the tokenizer as it is told to be, not as it was last called."""
+        for side in SIDES:  # kept with what the class was made with, or not at all
+            preprocessor.init_kwargs[side] = getattr(preprocessor, side)
+        for key in CALLED:
+            preprocessor.init_kwargs.pop(key, None)
+        preprocessor.backend_tokenizer.no_truncation()
+        preprocessor.backend_tokenizer.no_padding()
+        super().save(preprocessor, folder)
+
     def identity(self, preprocessor: Any) -> dict[str, Any]:
-        """Return a digest of the whole tokenizer, and how long texts may be."""
+        """Return a digest of the tokenizer's rules, its tokens and sides, how long texts may be."""
+        named = special_tokens(preprocessor)
         return {
             "tokenizer": hashlib.sha256(backend(preprocessor).encode()).hexdigest(),
-            "length": preprocessor.model_max_length,
+            "length": self.length or preprocessor.model_max_length,
+            "limit": preprocessor.model_max_length,
             "inputs": list(preprocessor.model_input_names),
+            "special": {k: [t, preprocessor.convert_tokens_to_ids(t)] for k, t in named.items()},
+            "all special": sorted(preprocessor.all_special_ids),
+            "sides": {side: getattr(preprocessor, side) for side in SIDES},
         }
 
     def samples(self, split: Split, preprocessor: Any, *, uniform: bool = False) -> TextSamples:
         """Return a split's tokens; uniform: padded to the longest of all."""
-        found = Tokens(split, preprocessor)
+        found = Tokens(split, preprocessor, most=self.length)
         if uniform and len(found):
             found.length = int(found.lengths.max())
         return found

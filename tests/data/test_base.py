@@ -63,6 +63,20 @@ def test_a_sample_has_no_sample_twice_and_at_most_all() -> None:
     assert ids(split().sample(99, seed=0)) == list(range(N))
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, N])
+def test_pieces_are_the_split_cut_in_a_row(count: int) -> None:
+    parts = [ids(split().piece(i, count)) for i in range(1, count + 1)]
+    assert [i for part in parts for i in part] == list(range(N))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_first_are_the_first() -> None:
+    assert ids(split().first(4)) == [0, 1, 2, 3]
+    whole = split()
+    assert whole.first(N) is whole
+    assert ids(whole.piece(2, 2).first(2)) == ids(whole.piece(2, 2))[:2]
+
+
 def test_selecting_decodes_nothing() -> None:
     whole = split()
     part = whole.shard(1, 2).sample(3, seed=0).take(np.arange(2))

@@ -157,7 +157,7 @@ def test_without_labels_images_may_lie_anywhere_in_a_split(folder: Path, tmp_pat
 
 
 def test_unlabelled_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="split 'test' is empty or has unlabelled rows"):
+    with pytest.raises(DataError, match="split 'test' has rows without a label"):
         load_hub(str(saved(tmp_path / "set", [0, 1], [-1, 0], ["a", "b"])))
 
 

@@ -133,17 +133,17 @@ def test_the_first_label_that_is_none_is_named(
     good, bad = {"a": "1", "b": "0"}, {"a": cell if cell is None else str(cell), "b": "1"}
     folder = write(tmp_path, train=[good, good], test=[good, bad, bad])
     columns: Any = "a" if kind == "regression" else ("b", "a")
-    with pytest.raises(DataError, match="split 'test' has a row with another label") as caught:
+    with pytest.raises(DataError, match="split 'test' has a label that can't be read") as caught:
         load(folder, kind, label_column=columns)
-    assert caught.value.got == f"{bad['a']!r} in row 2" and caught.value.allowed == allowed
-    assert "column 'a'" in str(caught.value.where)
+    assert caught.value.got == repr(bad["a"]) and caught.value.allowed == allowed
+    assert caught.value.where == f"{folder / 'test.jsonl'}:2, column 'a'"
 
 
 def test_a_missing_list_is_an_unlabelled_row(tmp_path: Path) -> None:
     folder = write(tmp_path, train=[{"label": ["a"]}, {"label": None}], test=[{"label": ["a"]}])
-    with pytest.raises(DataError, match="split 'train' has a row with another label") as caught:
+    with pytest.raises(DataError, match="split 'train' has a label that can't be read") as caught:
         load(folder, "multi")
-    assert caught.value.got == "None in row 2"
+    assert caught.value.got == "None" and "train.jsonl:2" in str(caught.value.where)
 
 
 def test_names_without_a_separator_are_no_lists(tmp_path: Path) -> None:

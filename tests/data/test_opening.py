@@ -138,8 +138,7 @@ def test_joined_texts_are_blocks_of_the_length_asked_for(tmp_path: Path) -> None
 def test_blocks_are_no_longer_than_the_parents_take_nor_than_usual(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert opened(tmp_path / "1", "causal-lm").preprocessor.model_max_length == 24
+    assert opened(tmp_path / "1", "causal-lm").task.length == 24
     monkeypatch.setattr(texts, "BLOCK", 16)
-    assert opened(tmp_path / "2", "causal-lm").preprocessor.model_max_length == 16
-    one = opened(tmp_path / "3", "text-classification")
-    assert one.preprocessor.model_max_length == 24
+    assert opened(tmp_path / "2", "causal-lm").task.length == 16
+    assert opened(tmp_path / "3", "text-classification").task.length == 24

@@ -111,14 +111,16 @@ def test_the_first_row_without_text_is_named(text: str, tmp_path: Path) -> None:
     folder = write_csv(tmp_path / "set", train=TRAIN, test=[TEST[0], (text, "bad"), ("", "bad")])
     with pytest.raises(DataError, match="split 'test' has a row without text") as caught:
         load(folder)
-    assert caught.value.got == f"{text!r} in row 2"
-    assert "data.text_column" in str(caught.value.where)
+    assert caught.value.got == repr(text)
+    assert caught.value.where == f"{folder / 'test.csv'}:3, column 'text'"
+    assert "data.text_column" in str(caught.value.hint)
 
 
 def test_a_missing_text_is_a_row_without_text(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load(write_jsonl(tmp_path / "set", train=[*TRAIN, (None, "bad")], test=TEST))
-    assert caught.value.got == "None in row 5"
+    assert caught.value.got == "None"
+    assert str(caught.value.where).endswith("train.jsonl:5, column 'text'")
 
 
 def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
@@ -137,11 +139,17 @@ def test_a_class_that_training_never_sees_is_refused(tmp_path: Path) -> None:
     assert caught.value.got == "only in the test split: grand, vile"
 
 
-@pytest.mark.parametrize("write, nothing", [(write_csv, ""), (write_jsonl, None)])
-def test_unlabelled_rows_are_refused(write: Any, nothing: Any, tmp_path: Path) -> None:
-    folder = write(tmp_path / "set", train=TRAIN, test=[("a", "bad"), ("b", nothing)])
-    with pytest.raises(DataError, match="split 'test' is empty or has unlabelled rows"):
+@pytest.mark.parametrize(
+    "write, nothing, place", [(write_csv, "", "csv:4"), (write_jsonl, None, "jsonl:2")]
+)
+def test_unlabelled_rows_are_refused(write: Any, nothing: Any, place: str, tmp_path: Path) -> None:
+    """The lines of the file count: a text may take several of a CSV."""
+    folder = write(tmp_path / "set", train=TRAIN, test=[("a\nb", "bad"), ("b", nothing)])
+    with pytest.raises(DataError, match="split 'test' has rows without a label") as caught:
         load(folder)
+    assert str(caught.value.where).endswith(f"test.{place}")
+    assert caught.value.got == "1 of 2 rows, this one first"
+    assert caught.value.allowed and caught.value.hint
 
 
 def test_ratings_are_no_classes(tmp_path: Path) -> None:
@@ -174,17 +182,55 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in str(caught.value)
 
 
+GOOD = b'text,label\n"a film,\nlong",bad\n'
+
+
 @pytest.mark.parametrize(
-    "write, content",
-    [(write_jsonl, b"{not json\n"), (write_csv, b""), (write_csv, b"text,label\n\xe9,a\n")],
-)
-def test_a_table_that_is_none_is_an_error_of_the_data(
-    write: Any, content: bytes, tmp_path: Path
+    ("write", "content", "line", "words"),
+    [
+        (write_csv, b"", 1, ("the table is empty", "the columns' names")),
+        (write_csv, b"\n\n", 1, ("the table is empty", "data.test_split")),
+        (write_jsonl, b"\n", 1, ("the table is empty", "one object a line")),
+        (write_csv, b"text,label\n", None, ("split 'test' is empty", "no row", "data.test_split")),
+        (write_jsonl, b'{"text": "a", "label": "bad"}\n\n{no\n', 3, ("not a JSON object", "{no")),
+        (write_jsonl, b'["a", "bad"]\n', 1, ("not a JSON object", '["a", "bad"]')),
+        (write_csv, b"text,label\nb,bad\n\xe9,a\n", 3, ("not UTF-8", "0xe9", "iconv")),
+        (write_csv, GOOD + b"short\n", 4, ("number of cells", "1: short", "2: text, label")),
+        (write_csv, GOOD + b"\na,b,bad\n", 5, ("number of cells", "3: a, b, bad", "quotes")),
+        (write_csv, GOOD + b'"open,bad\nx,y\n', 4, ("can't be read", "written twice")),
+        (write_csv, b"text\tlabel\na\tbad\n", 1, ("between tabs", "'text\\tlabel'", "commas")),
+        (write_csv, b"text,text,label\na,b,bad\n", 1, ("one name", "text")),
+    ],
+)  # fmt: skip
+def test_a_table_that_is_none_says_where_and_why(
+    write: Any, content: bytes, line: int | None, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     folder = write(tmp_path / "set", train=TRAIN, test=TEST)
-    next(folder.glob("test.*")).write_bytes(content)
-    with pytest.raises(DataError, match="could not be loaded"):
+    file = next(folder.glob("test.*"))
+    file.write_bytes(content)
+    with pytest.raises(DataError) as caught:
         load(folder)
+    assert caught.value.where == f"{file}" + (f":{line}" if line else "")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_tables_with_tabs_say_what_to_save(tmp_path: Path) -> None:
+    folder = write_csv(tmp_path / "set", train=TRAIN, test=TEST)
+    for file in folder.iterdir():
+        file.rename(file.with_suffix(".tsv"))
+    with pytest.raises(DataError, match="tables do not exist") as caught:
+        load(folder)
+    assert caught.value.got == "test.tsv, train.tsv" and ".csv" in str(caught.value.hint)
+
+
+def test_a_long_text_and_cells_of_several_kinds_are_read(tmp_path: Path) -> None:
+    """csv by itself takes 131 072 letters a cell; JSON's values need not be of one kind."""
+    long = "word " * 30_000
+    data = load(write_csv(tmp_path / "1", train=[(long, "a"), ("b", "b")], test=[("c", "a")]))
+    assert data.train.items[0] == long
+    rows: list[tuple[Any, Any]] = [("a", 1), ("b", "one"), ("c", 1)]
+    mixed = load(write_jsonl(tmp_path / "2", train=rows, test=rows[:2]))
+    assert mixed.classes == ("1", "one") and mixed.train.labels.tolist() == [0, 1, 0]
 
 
 def saved(folder: Path, test_labels: Sequence[int | None]) -> Path:
@@ -211,8 +257,9 @@ def test_class_labels_keep_their_names_and_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", [-1, None])
 def test_a_class_label_of_no_class_is_unlabelled(label: int | None, tmp_path: Path) -> None:
     folder = saved(tmp_path / "set", [1, label])
-    with pytest.raises(DataError, match="split 'test' is empty or has unlabelled rows"):
+    with pytest.raises(DataError, match="split 'test' has rows without a label") as caught:
         load_texts(str(folder), text_column="sentence")
+    assert str(caught.value.where).endswith("split 'test', row 2")
 
 
 def test_a_wrong_split_names_the_splits_there_are(tmp_path: Path) -> None:

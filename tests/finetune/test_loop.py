@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import shake, vit_config
 from torch import Tensor, nn
 
@@ -128,6 +130,90 @@ def test_resumed_training_ends_bit_identical(
         assert torch.equal(again.state_dict()[name], value), name
 
 
+class Counting(nn.Module):
+    """A model with statistics that every forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.line = nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.given = torch.randn(SAMPLES, 4)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        out: Tensor = self.line(self.norm(self.given[indices]))
+        return out.square().mean()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the forward", "behind it"])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_an_interrupted_step_is_forgotten_and_all_before_it_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ema: float | None, late: bool
+) -> None:
+    calls = iter(range(4))
+
+    def interrupted(net: nn.Module, indices: Tensor) -> Tensor:
+        stop = next(calls, None) is None
+        found: Tensor = torch.zeros(()) if stop and not late else net(indices)
+        if stop:
+            raise KeyboardInterrupt
+        return found
+
+    want = Counting()
+    losses = train(want, lambda net, i: net(i), tmp_path / "undisturbed", ema)
+    with pytest.raises(KeyboardInterrupt):
+        train(Counting(), interrupted, tmp_path, ema)
+    assert "testing: saved after 4 of 9 steps" in capsys.readouterr().err
+    seen: list[Tensor] = []
+    resumed = Counting()
+    assert train(resumed, lambda net, i: (seen.append(i), net(i))[1], tmp_path, ema) == losses
+    assert len(seen) == STEPS - 4
+    files = [folder / "train.safetensors" for folder in (tmp_path / "undisturbed", tmp_path)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    for name, value in want.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_ctrl_c_waits_for_the_step_and_a_second_one_does_not(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert before is signal.default_int_handler
+    done: list[int] = []
+
+    def pressed(net: nn.Module, indices: Tensor) -> Tensor:
+        done.append(len(done))
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return net(indices)  # type: ignore[no-any-return]
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Counting(), pressed, tmp_path, None)
+    assert len(done) == 3 and signal.getsignal(signal.SIGINT) is before
+    assert len(load_file(tmp_path / "train.safetensors")["history"]) == 3  # its step, too
+
+    def twice(net: nn.Module, indices: Tensor) -> Tensor:
+        done.append(len(done))
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Counting(), twice, tmp_path, None)
+    assert len(done) == 4
+    assert len(load_file(tmp_path / "train.safetensors")["history"]) == 3
+
+
+def test_ctrl_c_in_the_last_step_is_not_swallowed(tmp_path: Path) -> None:
+    calls = iter(range(STEPS - 1))
+
+    def last(net: nn.Module, indices: Tensor) -> Tensor:
+        if next(calls, None) is None:
+            signal.raise_signal(signal.SIGINT)
+        return net(indices)  # type: ignore[no-any-return]
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Counting(), last, tmp_path, None)
+    assert len(load_file(tmp_path / "train.safetensors")["history"]) == STEPS
+
+
 def test_training_changes_every_parameter_and_ends_in_evaluation_mode(tmp_path: Path) -> None:
     net, start = model(), model().state_dict()
     history = train(net, learn(), tmp_path, None)
@@ -183,6 +269,40 @@ def test_the_batches_of_an_epoch_hold_each_sample_once(samples: int, size: int) 
     if samples > 7:
         assert epochs[0] != epochs[1] != epochs[2]
         assert epochs[0] != list(range(samples))
+
+
+@pytest.mark.parametrize(("samples", "size"), [(1203, 4), (37, 5), (3, 5)])
+def test_batches_by_length_hold_each_sample_once_and_pad_little(samples: int, size: int) -> None:
+    lengths = torch.randint(1, 50, (samples,), generator=torch.Generator().manual_seed(0))
+    per_epoch = steps_of(samples, 1, size)
+
+    def epoch(lengths: Tensor | None) -> list[Tensor]:
+        return [batch_indices(samples, s, size, 1, lengths) for s in range(per_epoch)]
+
+    grouped = epoch(lengths)
+    assert sorted(torch.cat(grouped).tolist()) == list(range(samples))
+    padded, before = (
+        sum(len(b) * int(lengths[b].max()) for b in e) for e in (grouped, epoch(None))
+    )
+    # a pool of 50 batches has every length several times over
+    assert padded <= before and (samples < 200 or padded < 1.1 * int(lengths.sum()))
+    if samples > 200:  # the batches don't come in order of length
+        means = torch.tensor([lengths[b].double().mean() for b in grouped])
+        assert abs(float(torch.corrcoef(torch.stack([means, torch.arange(per_epoch)]))[0, 1])) < 0.2
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_dropout_is_active_where_asked_for(tmp_path: Path, dropout: bool) -> None:
+    net = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    seen: list[tuple[bool, bool]] = []
+
+    def loss(wrapped: nn.Module, indices: Tensor) -> Tensor:
+        seen.append((net[0].training, net[1].training))
+        return wrapped(torch.ones(len(indices), 4) * indices[:, None]).square().mean()
+
+    plan = Schedule(steps=2, batch_size=5, dropout=dropout)
+    fit(net, loss, SAMPLES, plan, precision="fp32", checkpoint=tmp_path / "c", what="testing")
+    assert seen == [(dropout, True)] * 2
 
 
 def test_the_order_depends_on_the_seed() -> None:

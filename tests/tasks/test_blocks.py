@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slimfuse.data import Split
 from slimfuse.errors import DataError
-from slimfuse.tasks import blocks
+from slimfuse.tasks import CausalLanguageModelling, blocks
 from slimfuse.tasks.blocks import Blocks
 
 TEXTS = ["the old cat", "a dog", "big oak and small elm and ivy of moss", "fern", "the saw"]
@@ -62,6 +62,21 @@ def test_texts_longer_than_the_model_takes_are_cut_not_truncated() -> None:
     text = " ".join(TEXTS)
     found = Blocks(split([text]), made, 5)
     assert len(found) == (len(text.split()) + 2) // 5
+
+
+def test_the_tasks_length_cuts_texts_and_sizes_blocks_not_the_tokenizer() -> None:
+    made = tokenizer()
+    joined = CausalLanguageModelling().truncating(7)
+    assert (
+        joined.samples(split(TEXTS), made)[torch.tensor([0])].arguments["input_ids"].shape[1] == 7
+    )
+    alone = joined.packing(False)
+    assert joined.sample == "7-token block" and alone.sample == "text"
+    assert alone.samples(split(TEXTS), made).lengths.tolist() == [5, 4, 7, 3, 4]
+    uniform = alone.samples(split(TEXTS), made, uniform=True)
+    assert uniform[torch.tensor([1])].arguments["input_ids"].shape == (1, 7)
+    whole = CausalLanguageModelling().packing(False).samples(split(TEXTS), made)
+    assert whole.lengths.tolist() == [5, 4, 11, 3, 4] and made.model_max_length == 24
 
 
 def test_texts_that_fill_no_block_are_refused() -> None:

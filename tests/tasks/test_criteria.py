@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,27 @@ def test_pairs_alone_count_without_a_frame() -> None:
     want = gaps.sum() / (7 * 6)
     torch.testing.assert_close(Direction().taught(student, targets, 1.0), want, **TIGHT)
     assert Direction().labelled(student, torch.zeros(7), 0.0) is None
+
+
+def test_cosines_are_of_float32_amid_a_training_in_bf16() -> None:
+    targets = Direction().combine([rows(1, 6, 40)], [1.0], 1.0)
+    judge = Direction().begun(lambda: (rows(0, 4, 40), targets))
+    student = rows(2, 4, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = judge.taught(student, targets, 1.0)
+        rounded = judge.taught(student.bfloat16(), targets.bfloat16(), 1.0)
+    assert torch.equal(found, judge.taught(student, targets, 1.0))
+    assert rounded.dtype == torch.float32
+
+
+@pytest.mark.parametrize("criterion", [Categorical(), Several(), Numeric()])
+def test_teachers_are_averaged_by_their_weights(criterion: Any) -> None:
+    parts = [rows(0), rows(1), rows(2)]
+    every = [criterion.combine([part], [5.0], 2.0) for part in parts]
+    want = 0.25 * every[0] + 0.5 * every[1] + 0.25 * every[2]
+    before = [part.clone() for part in parts]
+    torch.testing.assert_close(criterion.combine(parts, [1.0, 2.0, 1.0], 2.0), want, **TIGHT)
+    assert all(torch.equal(a, b) for a, b in zip(parts, before, strict=True))  # only read
 
 
 @pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: type(c).__name__)

@@ -26,6 +26,19 @@ def test_a_mean_is_over_real_tokens() -> None:
     torch.testing.assert_close(mean_pooled(states, Batch({"x": mask}))[0], states[0].mean(0))
 
 
+def test_a_mean_leaves_out_what_stands_before_and_a_token_is_itself() -> None:
+    states = torch.randn(2, 5, 3)
+    inputs = Batch({"x": states})
+    task = ImageFeatures()
+    assert torch.equal(task.embed(states, inputs), states[:, 0])
+    behind = task.reading("mean", 2)
+    torch.testing.assert_close(behind.embed(states, inputs), states[:, 2:].mean(1))
+    assert (task.readout, task.prefix) == (0, 0)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    found = mean_pooled(states, Batch({"input_ids": mask, MASK: mask}), 1)
+    torch.testing.assert_close(found[0], states[0, 1:3].mean(0))
+
+
 def test_a_turned_and_stretched_embedding_is_the_same() -> None:
     turn = torch.linalg.qr(cloud(1, 6, 6)).Q
     task = SentenceEmbedding()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slimfuse.data import Image, Split
 from slimfuse.errors import ParentError
-from slimfuse.tasks import accuracy, logits
+from slimfuse.tasks import ImageClassification, accuracy, answers_of, ask
 from slimfuse.tasks import image_classification as task
 from slimfuse.tasks.image_classification import (
     PIXELS,
@@ -161,7 +161,8 @@ def test_logits_come_in_order_whatever_the_batch_size() -> None:
     data = pixels()
     with torch.no_grad():
         want = model(**data[torch.arange(N)].arguments).logits
-    found = logits(model.train(), data, batch_size=4, what="testing")
+    answer = answers_of(model.train(), "logits")
+    found = ask(answer, ImageClassification(), data, what="testing", batch_size=4)["logits"]
     # float32, batches of another size round differently
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
     assert found.dtype == torch.float32 and not found.requires_grad

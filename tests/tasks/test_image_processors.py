@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from slimfuse.data import load_digits
 from slimfuse.errors import ParentError
+from slimfuse.pipeline.images import common_processor
 from slimfuse.tasks.image_processors import (
     from_timm,
     load_processor,
@@ -145,3 +147,28 @@ def test_sides_that_vary_are_nought() -> None:
     processor = make_processor(20, MEAN, STD)
     processor.size = {"shortest_edge": 20}
     assert sides(processor) == (0, 0)
+
+
+def test_a_mismatch_is_told_in_words_with_the_files_that_say_so(tmp_path: Path) -> None:
+    """timm keeps its preprocessing in config.json, transformers in a file of its own."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    theirs.mkdir()
+    make_processor(8, (0.5,) * 3, (0.5,) * 3).save_pretrained(ours)
+    record = {"input_size": [3, 8, 8], "crop_pct": 0.5, "mean": [0.25, 0.5, 0.5]}
+    (theirs / "config.json").write_text(json.dumps({"pretrained_cfg": record}))
+    data = load_digits()
+    with pytest.raises(ParentError, match="prepare images differently") as caught:
+        common_processor({"a": ours, "b": theirs}, data, 8)
+    where = f"{ours / 'preprocessor_config.json'} and {theirs / 'config.json'}"
+    assert caught.value.where == where
+    got = str(caught.value.got)
+    assert "size: a has height 8, width 8, b has shortest_edge 16" in got
+    assert "image_mean: a has (0.5, 0.5, 0.5), b has (0.25, 0.5, 0.5)" in got
+    assert "crop_size: a has nothing, b has height 8, width 8" in got
+    assert "SizeDict" not in got and "None" not in got
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_text(json.dumps({"pretrained_cfg": record}))
+    with pytest.raises(ParentError, match="other images than the model takes") as caught:
+        common_processor({"b": alone}, data, 16)
+    assert caught.value.where == str(alone / "config.json")

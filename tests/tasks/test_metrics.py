@@ -66,6 +66,20 @@ def test_f1_and_precision_are_sklearns() -> None:
     assert absolute_error(scores[:, 0], scores[:, 0] + 2).value == pytest.approx(2)
 
 
+@pytest.mark.filterwarnings("error")
+def test_labels_that_no_sample_has_have_no_precision() -> None:
+    """Those of a resample neither: the fourth label has one sample."""
+    scores, labels = noise(60, 5), (noise(60, 5, seed=1) > 0.5).float()
+    labels[:, 2] = 0
+    labels[:, 3] = torch.arange(60) == 7
+    found = average_precision(scores, labels)
+    kept = [0, 1, 3, 4]
+    want = average_precision_score(labels[:, kept], scores[:, kept].sigmoid(), average="macro")
+    assert found.value == pytest.approx(want, rel=1e-5)
+    assert found.low <= found.value <= found.high
+    assert average_precision(scores, torch.zeros(60, 5)) == Measured(0.0, 0.0, 1.0, 60)
+
+
 def test_perplexity_weighs_every_token_the_same() -> None:
     nll, tokens = torch.tensor([2.0, 12.0]), torch.tensor([1.0, 3.0])
     assert perplexity(nll, tokens).value == pytest.approx(float(np.exp(14 / 4)))
