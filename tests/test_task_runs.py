@@ -64,6 +64,23 @@ def test_a_sentence_encoders_folder_says_how_it_is_pooled(embedded: Run) -> None
     assert "licence of" in card  # nobody says what the parents' is
 
 
+def test_frozen_tables_of_tokens_stay_as_they_were_fused(tmp_path: Path) -> None:
+    tiny_text.save_texts(tmp_path / "data", (40, 30))
+    parent = tiny_text.save_parent(tmp_path / "a", seed=0)
+    finetune = {"epochs": 1, "lr": 3e-3, "freeze_embeddings": True}
+    content = tiny_text.recipe(
+        tmp_path / "data", [parent], task="sentence-embedding", finetune=finetune
+    )
+    path = write_recipe(tmp_path / "r.yaml", content)
+    stages = Stages(prepare(load_recipe(path), path), Store(tmp_path))
+    folders = [stages.start("fused").path, stages.finetune("fused").path]
+    before, after = (load_file(folder / "model.safetensors") for folder in folders)
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    tables = {name for name in before if name.endswith("_embeddings.weight")}
+    assert len(tables) == 3 and tables <= same
+    assert not any("layer" in name and "weight" in name for name in same)
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A timm ViT and one of transformers become one timm ViT."""

@@ -170,6 +170,10 @@ class BaseStages(ABC):
 
         def build(folder: Path) -> None:
             model = self.job.family.load(start.path, attention="eager")
+            if spec.freeze_embeddings:
+                for module in model.modules():
+                    if isinstance(module, nn.Embedding):
+                        module.requires_grad_(False)
             samples, task = self.samples("train"), self.job.task
             teach = self.teaching.targets()
             losses = fit(

@@ -69,6 +69,9 @@ def check_task(raw: Mapping[str, Any]) -> list[Finding]:
         findings.append(Finding(("data", "packing"), what, allowed="no such key"))
     if task == "text-classification" and dig(data, "source") in UNLABELLED:
         findings.append(Finding(("data", "source"), "has no labels, which this task needs"))
+    if pictures and dig(raw, "finetune", "freeze_embeddings"):
+        place = ("finetune", "freeze_embeddings")
+        findings.append(Finding(place, "is for texts, not pictures", allowed="false"))
     if not pictures:
         findings += _check_pictures(raw) + _check_tokens(raw)
     findings += _check_training(raw, task, family, pictures=pictures)

@@ -70,6 +70,11 @@ class Finetune(Strict):
     group_by_length: bool = Field(
         True, description="Put texts of like length into one batch, which then pads less."
     )
+    freeze_embeddings: bool = Field(
+        False,
+        description="Leave the tables of tokens and positions as they were fused, so that tokens "
+        "which the training never sees stay in place among the others; a tied head stays, too.",
+    )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Decay per step of the averaged weights, 0 to 1; null: no average."
     )
