@@ -27,6 +27,8 @@ from slimfuse.store import Store
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "llama" / "smollm2.yaml"
 STARTS = {"fused": "fused", "subclone": "truncated", "random-start": "random"}
+RATES = {"fused": None, "subclone": 3e-4, "random-start": 1e-3}
+"""Rates of finetuning; a start that is far from its goal needs a higher one than the recipe's."""
 PROMPTS = ("The people who", "In the history of the", "A free society", "Work is")
 TOKENS = 32
 MEMORY = "Peak memory of the fuse"
@@ -125,8 +127,13 @@ def main() -> None:
         for start, name in STARTS.items():
             note(f"{name}, before", stages, stages.evidence(stages.start(start)))
         for start, name in STARTS.items():
-            tuned = stages.finetune(start)
-            note(f"{name}, finetuned", stages, stages.evidence(tuned))
+            rate = RATES[start]
+            own = stages
+            if rate is not None:
+                changed = (*changes, f"finetune.lr={rate}")
+                own = Stages(job_of(arguments.parent, changed), store, stages.shared)
+            tuned = own.finetune(start)
+            note(f"{name}, finetuned", own, own.evidence(tuned))
         tuned = stages.finetune("fused")
         exported, gap = Deployment(stages).export("child", tuned.path, tuned.key)
         same, count, texts = generated(tuned.path, exported.path / "model.onnx", job.threads)
@@ -134,6 +141,7 @@ def main() -> None:
     content["onnx"] = {"same": same, "prompts": count, "tokens": TOKENS, "parity": gap}
     content["texts"] = texts
     content["budget"] = {
+        "rate": job.recipe.finetune.lr,
         "steps": steps,
         "tokens": steps * job.recipe.finetune.batch_size * length,
         "calibration": job.recipe.data.calibration.samples,
@@ -148,12 +156,14 @@ def main() -> None:
 def markdown(content: dict[str, Any]) -> str:
     """Return the table."""
     budget = content["budget"]
+    rates = ", ".join(f"{name} {RATES[s] or budget['rate']:g}" for s, name in STARTS.items())
     lines = [
         f"# SmolLM2-135M to {budget['target']}",
         "",
         f"Perplexity on {budget['test_tokens']:,} held-out tokens of English prose (95 % interval "
         f"over blocks, bootstrap), one seed. Finetuning: {budget['steps']} steps, "
-        f"{budget['tokens']:,} tokens, the parent as teacher; the same for all starts.",
+        f"{budget['tokens']:,} tokens, the parent as teacher; the same for all starts but for the "
+        f"rate ({rates}).",
         "",
         "| model | perplexity | right guesses |",
         "| --- | --- | --- |",
