@@ -167,3 +167,12 @@ def test_rows_that_hang_on_their_batch_are_found(finished):
 def test_a_session_runs_what_parity_ran(write):
     logits = run_session(open_session(write(), threads=1), X)["logits"]
     assert check_parity(write(), X, logits, atol=0, rtol=0).max_abs == 0
+
+
+def test_a_small_value_among_large_ones_may_be_off_like_those():
+    truth = np.array([0.0, 100.0, -100.0])  # rms 81.6
+    assert compare(
+        truth + np.array([0.008, 0, 0]), truth, atol=0, rtol=1e-4
+    ).max_abs == pytest.approx(0.008)
+    with pytest.raises(CheckFailed, match=r"max\(\|reference\|, 81.6\)"):
+        compare(truth + np.array([0.009, 0, 0]), truth, atol=0, rtol=1e-4)
