@@ -45,6 +45,9 @@ bench-stream-maps: install
 bench-embedding: install
 	$(BIN)/python benchmarks/embedding.py
 
+bench-saliency-cost: install
+	$(BIN)/python benchmarks/saliency_cost.py
+
 bench-smollm2: install
 	$(BIN)/python benchmarks/smollm2.py
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "transport": set(),
     "families": {"spaces", "errors"},
     "moments": {"spaces", "errors"},
-    "saliency": {"spaces", "errors"},
+    "saliency": {"batch", "errors", "families", "moments", "progress", "spaces", "transport"},
     "shapes": {"families", "errors"},
     "batch": set(),
     "nets": {"spaces", "transport", "moments", "errors"},

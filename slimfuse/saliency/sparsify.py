@@ -1,0 +1,368 @@
+"""Unstructured, N:M and block pruning of a model by second-order saliency, in one or more steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from slimfuse.errors import UserError
+from slimfuse.progress import track
+from slimfuse.saliency import obs
+from slimfuse.saliency.fisher import (
+    CACHE,
+    Part,
+    Reduce,
+    Sums,
+    accumulate,
+    plan,
+)
+from slimfuse.saliency.gradients import Batches, BatchLoss, count_rows
+from slimfuse.saliency.inverse import Route, choose, cut_rows
+from slimfuse.saliency.masks import Masks
+from slimfuse.saliency.patterns import UNSTRUCTURED, Layer, lowest, prunable
+from slimfuse.saliency.sparsify_spec import Spec, cubic
+from slimfuse.saliency.sparsify_state import (
+    LayerRecord,
+    State,
+    StepRecord,
+    fingerprint,
+    noise_of,
+    restore,
+)
+from slimfuse.saliency.weight_scores import WEIGHT_SCORERS, Blocks
+
+T = TypeVar("T")
+Between = Callable[[nn.Module, Masks, int], None]
+"""Trains a model after a step of the schedule (1, 2, …) that isn't the last; masks must hold."""
+
+CHECKPOINT_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Sparsified:
+    """Masks, and what happened to every layer and in every step."""
+
+    masks: Masks
+    layers: tuple[LayerRecord, ...]
+    steps: tuple[StepRecord, ...]
+
+
+def sparsify(
+    model: nn.Module,
+    loss: BatchLoss[T],
+    batches: Batches[T],
+    spec: Spec,
+    *,
+    layers: Sequence[Layer] | None = None,
+    masks: Masks | None = None,
+    per_sample: bool = False,
+    between: Between | None = None,
+    checkpoint: Path | None = None,
+    reduce: Reduce | None = None,
+) -> Sparsified:
+    """Prune `model` in place and return its masks with a record of every layer.
+
+    In each step the scores of all layers, the threshold, and the updates come from the Fisher at
+    the step's beginning; a weight that went never returns, and is no part of later Fishers.
+    loss, batches: see `fisher.gradients`; one gradient a batch, or one a sample (`per_sample`).
+    layers: what is pruned, `prunable(model)` by default. masks: of weights that went before.
+    between: called after every step but the last, to train. checkpoint: a safetensors file, written
+    as layers are done; if it exists the work goes on from it and ends with the same bytes; the
+    last one is left for the caller to remove. reduce: sums a tensor over processes that see
+    different batches. Raises UserError, and ShapeError for layers that don't fit the pattern.
+    """
+    run = _Run(model, loss, batches, spec, layers, per_sample, reduce, checkpoint)
+    state = run.begin(masks)
+    while state.step < spec.steps:
+        run.step(cubic(state.step + 1, spec.steps, spec.initial, spec.final))
+        if between is not None and state.step + 1 < spec.steps:
+            between(model, run.masks(), state.step + 1)
+            run.masks().check(model)
+        state.step += 1
+        run.save(now=True)
+    return Sparsified(run.masks(), tuple(state.layers), tuple(state.records))
+
+
+def weight_scores(
+    model: nn.Module,
+    loss: BatchLoss[T],
+    batches: Batches[T],
+    spec: Spec,
+    *,
+    layers: Sequence[Layer] | None = None,
+    per_sample: bool = False,
+    reduce: Reduce | None = None,
+) -> dict[str, Tensor]:
+    """Return the score of every single weight by its parameter's name, float64, in its shape.
+
+    The weights don't change; `spec.pattern` isn't looked at. See `sparsify`.
+    """
+    single = replace(spec, pattern=UNSTRUCTURED, sparsity=spec.final)
+    run = _Run(model, loss, batches, single, layers, per_sample, reduce, None)
+    run.begin(None)
+    for passes in run.units():
+        run.score(passes)
+    return {la.name: run.joined(run.state.scores, la).view(la.shape) for la in run.layers}
+
+
+class _Run(Generic[T]):
+    """One sparsification: what it was given, and its state."""
+
+    state: State
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: BatchLoss[T],
+        batches: Batches[T],
+        spec: Spec,
+        layers: Sequence[Layer] | None,
+        per_sample: bool,
+        reduce: Reduce | None,
+        checkpoint: Path | None,
+    ) -> None:
+        self.model, self.loss, self.batches, self.spec = model, loss, batches, spec
+        self.layers = list(prunable(model) if layers is None else layers)
+        self.per_sample, self.reduce, self.checkpoint = per_sample, reduce, checkpoint
+        self.pattern, self.scorer = spec.pattern, WEIGHT_SCORERS[spec.scorer]
+        self.pattern.check(self.layers)
+        self.parameters = dict(model.named_parameters())
+        self.samples, self.route = self._samples_and_route()
+        self.saved = time.monotonic()
+        self.digest = fingerprint(spec, self.layers, self.samples, per_sample)
+
+    def _samples_and_route(self) -> tuple[int, Route | None]:
+        if self.scorer.needs == "none" and self.spec.updating == "none":
+            return 0, None
+        samples = count_rows(self.batches(), per_sample=self.per_sample)
+        if not samples:
+            raise UserError("there is no batch to take gradients of", where=self.spec.scorer)
+        if self.scorer.needs != "block" and self.spec.updating == "none":
+            return samples, "diagonal"
+        if self.reduce is not None:
+            return samples, "gram"  # the only sums
+        largest = max(layer.size for layer in self.layers)
+        way = self.spec.route or choose(samples, min(self.spec.block or largest, largest))
+        return samples, way
+
+    def begin(self, masks: Masks | None) -> State:
+        """Set the state, by the checkpoint if there is one, and return it."""
+        found = self.checkpoint and restore(self.checkpoint, self.model, self.layers, self.digest)
+        if not found:
+            if masks is not None:
+                masks.apply(self.model)
+            kept = {}
+            for layer in self.layers:
+                whole = torch.ones(layer.shape, dtype=torch.bool)
+                mask = whole if masks is None else masks.get(layer.name, whole)
+                kept[layer.name] = self.pattern.flat(layer, mask[None])[0]
+            found = State(0, kept)
+        self.state = found
+        return found
+
+    def step(self, share: float) -> None:
+        """Prune to a share of zeros."""
+        chosen: dict[str, Tensor] = {}
+        for passes in self.units():
+            sums = self.score(passes)
+            kept = self._choose(passes, share)
+            self._update(passes, kept, sums)
+            chosen |= kept
+        self.save(now=True)  # the model is still the one that the parts were made from
+        for layer in self.layers:
+            new = self.pattern.back(layer, self.joined(self.state.new, layer))
+            with torch.no_grad():
+                self.parameters[layer.name].copy_(new)
+        self._record(chosen)
+        self.state.kept = chosen
+        self.state.begin()
+
+    def _record(self, chosen: Mapping[str, Tensor]) -> None:
+        """Keep what the step did to every layer, and to all."""
+        costs, dampings = self.state.costs, self.state.dampings
+        self.state.layers = [
+            LayerRecord(
+                la.name, la.shape, la.size, int(chosen[la.name].sum()),
+                sum(own) if (own := [c for k, c in costs.items() if _of(k, la)]) else None,
+                next((v for k, v in dampings.items() if _of(k, la)), None),
+            )
+            for la in self.layers
+        ]  # fmt: skip
+        kept, total = (sum(getattr(r, n) for r in self.state.layers) for n in ("kept", "weights"))
+        increase = sum(costs.values()) if costs else None
+        self.state.records.append(StepRecord(self.state.step + 1, 1 - kept / total, increase))
+
+    def units(self) -> list[list[list[Part]]]:
+        """Return what is decided together: all layers (joint), or those that share a pass."""
+        block = self.spec.block or max(layer.size for layer in self.layers)
+        block = -(-block // self.pattern.size) * self.pattern.size
+        if self.route is None:
+            passes = [[Part(la, min(block, la.size), 0, -(-la.size // min(block, la.size)))
+                       for la in self.layers]]  # fmt: skip
+        else:
+            item = max(4, *(self.parameters[la.name].dtype.itemsize for la in self.layers))
+            passes = plan(self.layers, block, self.samples, self.route,
+                          memory=self.spec.memory, itemsize=item)  # fmt: skip
+        if self.spec.joint and self.pattern.keep is None:
+            return [passes]
+        units: list[list[list[Part]]] = []
+        for parts in passes:
+            if units and units[-1][-1][-1].layer == parts[0].layer:  # a layer that was cut
+                units[-1].append(parts)
+            else:
+                units.append([parts])
+        return units
+
+    def score(self, passes: Sequence[Sequence[Part]]) -> dict[str, Sums]:
+        """Score all parts that aren't scored; return sums that the updates may use again."""
+        sums: dict[str, Sums] = {}
+        for parts in passes:
+            todo = [p for p in parts if p.key not in self.state.scores]
+            if self.scorer.needs != "none":
+                sums = self._sums(todo)
+            with track("scores of weights", len(todo)) as tell:
+                for done, part in enumerate(todo, start=1):
+                    blocks = self._blocks(part, sums.get(part.key))
+                    found = [self._scores_of(b) for _, b in blocks]
+                    where = part.weights
+                    count = where.stop - where.start
+                    if self.pattern.keep is None:
+                        count //= self.pattern.size
+                    self.state.scores[part.key] = torch.cat(found)[:count].cpu()
+                    self.save()
+                    tell(done)
+        return sums if len(passes) == 1 else {}
+
+    def _scores_of(self, blocks: Blocks) -> Tensor:
+        """Return the scores of groups, flat; of N:M which weights stay."""
+        inverse, weights = self.scorer.view(blocks)
+        size, keep = self.pattern.size, self.pattern.keep
+        if keep is None:
+            return obs.group_statistic(inverse, weights, size).flatten()
+        share = cubic(self.state.step + 1, self.spec.steps, self.spec.initial, self.spec.final)
+        removed = min(size - keep, int(share * size + 1e-9))
+        return obs.keep_of_every(inverse, weights, blocks.alive, size, removed).flatten()
+
+    def _choose(self, passes: Sequence[Sequence[Part]], share: float) -> dict[str, Tensor]:
+        """Return which weights (d,) of the passes' layers stay."""
+        layers = list({part.layer: None for parts in passes for part in parts})
+        found = {la.name: self.joined(self.state.scores, la) for la in layers}
+        if self.pattern.keep is not None:
+            return {name: keep & self.state.kept[name] for name, keep in found.items()}
+        size = self.pattern.size
+        gone = {name: ~self.state.kept[name].view(-1, size).any(1) for name in found}
+        removed = lowest(found, gone, share, joint=self.spec.joint)
+        return {
+            name: self.state.kept[name] & ~mask.repeat_interleave(size)
+            for name, mask in removed.items()
+        }
+
+    def _update(
+        self,
+        passes: Sequence[Sequence[Part]],
+        kept: Mapping[str, Tensor],
+        sums: dict[str, Sums],
+    ) -> None:
+        """Make the new weights of all parts that have none."""
+        for parts in passes:
+            todo = [p for p in parts if p.key not in self.state.new]
+            if self.spec.updating == "none":
+                sums = {}
+            else:
+                sums = sums | self._sums([p for p in todo if p.key not in sums])
+            with track("updates of weights", len(todo)) as tell:
+                for done, part in enumerate(todo, start=1):
+                    self._update_part(part, kept[part.layer.name], sums.get(part.key))
+                    self.save()
+                    tell(done)
+            sums = {}
+
+    def _update_part(self, part: Part, kept: Tensor, sums: Sums | None) -> None:
+        stays, found, cost = self._cut(part, kept), [], 0.0
+        for where, blocks in self._blocks(part, sums):
+            if blocks.inverse is None:
+                found.append((blocks.weights * stays[where]).flatten())
+                continue
+            weights = self.scorer.view(blocks)[1] if self.scorer.gradient else blocks.weights
+            new = obs.update(blocks.inverse, weights, stays[where], self.spec.updating)
+            change = new - blocks.weights
+            cost += float(obs.increase(blocks.inverse, change, blocks.gradient).sum())
+            found.append(new.flatten())
+        new = torch.cat(found)[: part.weights.stop - part.weights.start]
+        self.state.new[part.key] = new.to(self.parameters[part.layer.name].dtype).cpu()
+        if sums is not None:
+            self.state.costs[part.key] = cost
+
+    def _sums(self, parts: Sequence[Part]) -> dict[str, Sums]:
+        if not parts:
+            return {}
+        assert self.route is not None
+        return accumulate(
+            self.model, self.loss, self.batches(), parts, self.route, samples=self.samples,
+            pattern=self.pattern, first=self.scorer.gradient, per_sample=self.per_sample,
+            seed=self.spec.seed, reduce=self.reduce,
+        )  # fmt: skip
+
+    def _blocks(self, part: Part, sums: Sums | None) -> Iterator[tuple[slice, Blocks]]:
+        """Yield a part's blocks, as many at once as the cache holds, and where in it they are."""
+        layer, count = part.layer, part.stop - part.start
+        flat = self.pattern.flat(layer, self.parameters[layer.name].detach()[None])[0]
+        weights, alive = self._cut(part, flat), self._cut(part, self.state.kept[layer.name])
+        noise = gradient = None
+        damping = 0.0
+        if self.scorer.needs == "none":
+            noise = self._cut(part, noise_of(layer, self.spec.seed).to(flat.device))
+        if sums is not None:
+            damping = self.spec.damping.of(sums.mean_diagonal)
+            self.state.dampings[part.key] = damping
+            if self.scorer.gradient:
+                gradient = cut_rows(sums.mean_gradient()[None], part.block)[:, 0]
+        step = max(1, CACHE // part.block ** (1 if self.route == "diagonal" else 2))
+        for start in range(0, count, step):
+            where = slice(start, min(start + step, count))
+            inverse = None
+            if sums is not None:
+                inverse = sums.inverse(where, damping).restricted(alive[where])
+            yield (
+                where,
+                Blocks(
+                    weights=weights[where].double(),
+                    alive=alive[where],
+                    inverse=inverse,
+                    gradient=None if gradient is None else gradient[where] * alive[where],
+                    noise=None if noise is None else noise[where],
+                ),
+            )
+
+    def _cut(self, part: Part, flat: Tensor) -> Tensor:
+        """Return a part's own of a layer's flat values (d,), as blocks (n, B)."""
+        device = self.parameters[part.layer.name].device
+        return cut_rows(flat[part.weights][None].to(device), part.block)[:, 0]
+
+    def joined(self, parts: Mapping[str, Tensor], layer: Layer) -> Tensor:
+        """Return what a layer's parts have, one after the other."""
+        own = [(int(k.rpartition(":")[2]), v) for k, v in parts.items() if _of(k, layer)]
+        return torch.cat([v for _, v in sorted(own, key=lambda pair: pair[0])])
+
+    def masks(self) -> Masks:
+        """Return the masks as they are."""
+        kept = self.state.kept
+        return Masks({la.name: self.pattern.back(la, kept[la.name]) for la in self.layers})
+
+    def save(self, *, now: bool = False) -> None:
+        """Write the checkpoint, if there is to be one and the last is old."""
+        old = time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+        if self.checkpoint is not None and (now or old):
+            self.state.save(self.checkpoint, self.model, self.digest)
+            self.saved = time.monotonic()
+
+
+def _of(key: str, layer: Layer) -> bool:
+    """Whether a part's key is one of a layer."""
+    return key.rpartition(":")[0] == layer.name
