@@ -7,7 +7,8 @@ SOURCES := slimfuse export tests benchmarks
 
 .PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist \
 	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
-	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps clean
+	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
+	clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
