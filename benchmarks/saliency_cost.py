@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimfuse.saliency.fisher import CACHE, HELD, Part, Sums, plan
+from slimfuse.saliency.fisher import HELD, Part, Sums, plan, sweep
 from slimfuse.saliency.gradients import gradients
 from slimfuse.saliency.inverse import cut_rows
 from slimfuse.saliency.obs import statistic
@@ -31,7 +31,7 @@ RELATIVE = 1e-2  # λ in units of mean g², by a pilot: the recurrence needs λ 
 PILOT = 8
 LIMIT, FACTOR = 6 * 2**30, 10.0
 CHECKED = 100  # blocks whose inverse is compared with float64's
-SIZES = {"full": (8, 512, 8, 2048), "tiny": (2, 40, 2, 72)}
+SIZES = {"full": (8, 512, 8, 2048), "layer": (1, 512, 8, 2048), "tiny": (2, 40, 2, 72)}
 
 
 def bert(size: str) -> nn.Module:
@@ -111,13 +111,12 @@ class Ours:
     def score(self, weights: Tensor) -> Tensor:
         """Return ρ_q of all weights (n, B)."""
         self.sums.finish()
-        step = max(1, CACHE // BLOCK**2)
-        found = []
-        for start in range(0, len(weights), step):
-            own = slice(start, min(start + step, len(weights)))
+
+        def visit(own: slice) -> Tensor:
             inverse = self.sums.inverse(own, self.damping)
-            found.append(statistic(inverse, weights[own].double()).float())
-        return torch.cat(found)
+            return statistic(inverse, weights[own].double()).float()
+
+        return torch.cat(sweep(visit, len(weights), BLOCK**2))
 
 
 def one(kind: str, size: str, samples: int, threads: int, memory: int, share: float) -> None:

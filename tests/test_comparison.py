@@ -41,6 +41,7 @@ def test_the_ladder_of_two_parents() -> None:
         "refit, best parent": ("refit", ("b",), True),
         "gauge, a + b": ("gauge", ("a", "b"), True),
         "ot, a + b": ("ot", ("a", "b"), True),
+        "intra, best parent": ("intra", ("b",), True),
         "vanilla, a + b": ("vanilla", ("a", "b"), True),
         "select, best parent": ("select", ("b",), True),
         "subclone, best parent": ("subclone", ("b",), True),
@@ -67,7 +68,7 @@ def test_titles_do_not_depend_on_which_parent_is_best() -> None:
 
 def test_the_ladder_of_one_parent() -> None:
     assert titles(made(parents=ALONE), "a") == [
-        "refit, a", "ot, a", "vanilla, a", "select, a", "subclone, a", "random start",
+        "refit, a", "ot, a", "intra, a", "vanilla, a", "select, a", "subclone, a", "random start",
         "self-fusion of a", "refit, random-weight parent", "random model + the same refit",
     ]  # fmt: skip
 
@@ -159,7 +160,8 @@ def test_every_contender_has_a_figure_a_seed_and_a_budget(
     kinds = {e.name: e.kind for e in found.entries}
     assert kinds == {
         "parent a": "parent", "parent b": "parent", "refit, a + b": "method",
-        "refit, best parent": "method", "gauge, a + b": "method", "select, best parent": "method",
+        "refit, best parent": "method", "gauge, a + b": "method", "intra, best parent": "method",
+        "select, best parent": "method",
         "subclone, best parent": "method", "random start": "method",
         "self-fusion of best parent": "control", "refit, random-weight parent": "control",
         "random model + the same refit": "control",

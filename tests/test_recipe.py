@@ -56,7 +56,10 @@ TOP_KEYS = (
     "baselines, bench, data, export, family, finetune, fuse, gates, name, parents, runtime, "
     "target, task, version"
 )
-FUSE_KEYS = "alignment, batch_size, heads, layers, method, ot, parents, refit, ridge, stream, units"
+FUSE_KEYS = (
+    "alignment, batch_size, heads, layers, method, ot, parent_weights, parents, refit, ridge, "
+    "saliency, stream, units"
+)
 NAME_RULE = "1 to 64 of a-z 0-9 . _ -, the first a letter or digit, without '..'"
 
 
@@ -94,7 +97,8 @@ def test_defaults_are_filled_in_under_the_yaml_names(write: Any) -> None:
         "name": "a", "from": "some/model", "train": None, "weight": 1.0, "revision": None,
     }  # fmt: skip
     assert lock["fuse"] == {
-        "method": "refit", "parents": None, "stream": "pca", "units": "cholesky", "heads": "drop",
+        "method": "refit", "parents": None, "stream": "pca", "units": "cholesky",
+        "saliency": None, "parent_weights": "equal", "heads": "drop",
         "ridge": "auto", "layers": None, "alignment": "gauge", "refit": True,
         "ot": lock["fuse"]["ot"], "batch_size": 128,
     }  # fmt: skip
@@ -227,7 +231,7 @@ def test_the_recipe_imports_no_torch() -> None:
         ("name: b", "name: a", "10: parents[1].name: is the name of parents[0] already; got: 'a'"),
         ("name: b", "name: onnx-int8", "10: parents[1].name: is the name of a report row; "
          "got: 'onnx-int8'; allowed: any but fused, finetuned, onnx, onnx-int8, random-start, "
-         "anchor, refit, gauge, ot, vanilla, select, subclone, random-refit"),
+         "anchor, refit, gauge, ot, intra, vanilla, select, subclone, random-refit"),
         ("from: some/model", "from: ~bob/model", "9: parents[0].from: not a usable path; "
          "got: '~bob/model'; allowed: a path without another user's home (~user)"),
         ("from: some/model", 'from: "a\\0b"', "9: parents[0].from: not a usable text; "
@@ -247,7 +251,7 @@ def test_the_recipe_imports_no_torch() -> None:
          "allowed: no such key"),
         ("target:", "fuse: {ot: {solver: sinkhorn}}\ntarget:",
          "16: fuse.ot.solver: has no effect here; got: 'sinkhorn'; "
-         "allowed: with method: ot, stream: ot, units: ot or alignment: soft"),
+         "allowed: with method: ot or intra, stream: ot, units: ot or alignment: soft"),
         ("target:", "fuse: {ridge: 0}\ntarget:",
          "16: fuse.ridge: not a ridge; got: 0; allowed: auto or number > 0"),
         ("target:", "fuse: {method: ot}\ntarget:",
@@ -268,6 +272,14 @@ def test_the_recipe_imports_no_torch() -> None:
         ("target:", "fuse: {method: vanilla, ridge: 0.1}\ntarget:",
          "16: fuse.ridge: has no effect: method is 'vanilla'; got: 0.1; "
          "allowed: with method: refit or gauge or random-refit"),
+        ("target:", "fuse: {saliency: taylor}\ntarget:",
+         "16: fuse.saliency: has no effect here; got: 'taylor'; allowed: with units: saliency, "
+         "ot or cluster, ot.masses: saliency or method: intra"),
+        ("target:", "fuse: {units: saliency, saliency: uniform}\ntarget:",
+         "16: fuse.saliency: chooses none before another; got: 'uniform'; allowed: a score"),
+        ("target:", "fuse: {parent_weights: fisher}\ntarget:",
+         "16: fuse.parent_weights: has no effect: method is 'refit'; got: 'fisher'; "
+         "allowed: with method: ot"),
         ("target:", "fuse: {alignment: soft}\ntarget:",
          "16: fuse.alignment: has no effect: method is 'refit'; got: 'soft'; "
          "allowed: with method: gauge"),
@@ -277,7 +289,7 @@ def test_the_recipe_imports_no_torch() -> None:
          "16: fuse.layers[0][1]: out of range; got: -1; allowed: integer >= 0"),
         ("target:", "baselines: [random, randm]\ntarget:",
          "16: baselines[1]: unknown value; did you mean 'random'? got: 'randm'; "
-         "allowed: refit, gauge, ot, vanilla, select, subclone, random, random-refit"),
+         "allowed: refit, gauge, ot, intra, vanilla, select, subclone, random, random-refit"),
         ("hidden_size: 0.5", "hidden_size: null", "16: target: no size is given; "
          "allowed: one of hidden_size, num_attention_heads, intermediate_size, num_hidden_layers, "
          "or budget"),

@@ -13,8 +13,8 @@ from slimfuse.batch import Batches
 from slimfuse.families import Family, Layout
 from slimfuse.fuse import walk
 from slimfuse.moments import Moments
-from slimfuse.spaces import Atlas, LinearMap, transform
-from slimfuse.spaces.legs import Role
+from slimfuse.saliency.magnitude import powers
+from slimfuse.spaces import Atlas, LinearMap, Role, transform
 
 
 def subclone(parent: nn.Module, target: nn.Module, family: Family) -> None:
@@ -25,7 +25,7 @@ def subclone(parent: nn.Module, target: nn.Module, family: Family) -> None:
     blocks are kept. Source: Samragh et al. 2023 (weight subcloning, arXiv 2312.09299), with
     weight norms for the activation norms.
     """
-    state, atlas = _shortened(parent, target, family)
+    state, atlas = shortened(parent, target, family)
     scores = {name: _norms(state, atlas, name) for name in atlas.free}
     _keep(state, atlas, scores, parent, target, family, lambda n, m: (n / m) ** 0.5)
 
@@ -39,7 +39,7 @@ def select(parent: nn.Module, target: nn.Module, family: Family, batches: Batche
     without recovery gives (Molchanov et al. 2019, arXiv 1906.10771, with activation energy as the
     saliency).
     """
-    state, atlas = _shortened(parent, target, family)
+    state, atlas = shortened(parent, target, family)
     scores = {name: _norms(state, atlas, name) for name in atlas.free}
     whole = family.layout(parent.config)
     sizes = {name: space.size for name, space in family.atlas(parent.config).spaces.items()}
@@ -57,7 +57,7 @@ def kept_blocks(count: int, keep: int) -> list[int]:
     return [int((i + 0.5) * count / keep) for i in range(keep)]
 
 
-def _shortened(
+def shortened(
     parent: nn.Module, target: nn.Module, family: Family
 ) -> tuple[dict[str, Tensor], Atlas]:
     """Return the parent's parameters and legs with as many blocks as the target has."""
@@ -147,13 +147,4 @@ def _energies(
 
 def _norms(state: Mapping[str, Tensor], atlas: Atlas, space: str) -> Tensor:
     """Return the norm (n,) of all weights that write each unit of a space."""
-    total = torch.zeros(atlas.spaces[space].size, dtype=torch.float64)
-    for name in atlas.users(space, Role.WRITE):
-        for dim, axis in enumerate(atlas.axes[name]):
-            if any(leg.space == space and leg.role is Role.WRITE for leg in axis):
-                sizes = [atlas.spaces[leg.space].size for leg in axis]
-                place = [leg.space for leg in axis].index(space)
-                split = torch.unflatten(state[name].double(), dim, sizes)
-                others = [d for d in range(split.ndim) if d != dim + place]
-                total += split.square().sum(others)
-    return total.sqrt()
+    return powers(state, atlas, (space,), Role.WRITE).sqrt()

@@ -13,14 +13,16 @@ from slimfuse.errors import ShapeError, UserError
 from slimfuse.families import Layout
 from slimfuse.fuse.greedy import greedy_groups
 from slimfuse.fuse.plans import planned
+from slimfuse.fuse.scoring import Saliency
 from slimfuse.fuse.solve import decoder, reduce_scores, reduce_values, roots
 from slimfuse.fuse.union import Member, Union
-from slimfuse.saliency import magnitude
+from slimfuse.saliency import magnitude, masses
+from slimfuse.saliency.ziplm import eliminate
 from slimfuse.spaces import Atlas, LinearMap, NestedMap, identity
 from slimfuse.spaces.transform import axis_matrix
-from slimfuse.transport import Solver, from_assignment, masses, standardised_cost
+from slimfuse.transport import Solver, from_assignment, standardised_cost, uniform
 
-Units = Literal["cholesky", "magnitude", "saliency", "ot", "cluster"]
+Units = Literal["cholesky", "ziplm", "magnitude", "saliency", "ot", "cluster"]
 Heads = Literal["drop", "merge"]
 Maps = dict[str, LinearMap | NestedMap]
 Scores = tuple[Tensor, Tensor]
@@ -33,6 +35,10 @@ class Choosing(Protocol):
     @property
     def units(self) -> Units:
         """How units are chosen."""
+
+    @property
+    def saliency(self) -> Saliency:
+        """What a unit counts, in a choice by saliency and in plans."""
 
     @property
     def heads(self) -> Heads:
@@ -58,19 +64,43 @@ class Choice:
 
 
 def keep(
-    method: Units, cov: Tensor, out: Tensor, groups: Sequence[Tensor], count: int
+    method: Units,
+    cov: Tensor,
+    out: Tensor,
+    groups: Sequence[Tensor],
+    count: int,
+    scores: Tensor | None = None,
 ) -> list[int]:
     """Return the places of the `count` groups to keep.
 
-    magnitude: largest output weights; saliency: largest energy written to the stream,
-    tr(out C outᵀ) of the group; else those that explain the rest best (`greedy_groups`).
+    magnitude: largest output weights; saliency: largest `scores` (groups,), by default energies
+    written to the stream, tr(out C outᵀ); ziplm: those that are left when the cheapest goes time
+    after time (`eliminate`); else those that explain the rest best (`greedy_groups`).
     """
     if method == "magnitude":
         return sorted(int(i) for i in magnitude(out, groups).topk(count).indices)
     if method == "saliency":
-        energy = torch.stack([_energy(cov, out, g) for g in groups])
-        return sorted(int(i) for i in energy.topk(count).indices)
+        scores = unit_scores("energy", cov, out, groups) if scores is None else scores
+        return sorted(int(i) for i in scores.topk(count).indices)
+    if method == "ziplm":
+        return eliminate(cov, out, groups).kept(count)
     return sorted(greedy_groups(cov, out, groups, count))
+
+
+def unit_scores(kind: Saliency, cov: Tensor, out: Tensor, groups: Sequence[Tensor]) -> Tensor:
+    """Return scores (groups,) by what is known here: covariance (n, n) and outputs (m, n).
+
+    Of kinds that need gradients, whose scores come with the union, the energy stands in.
+    """
+    if kind == "uniform":
+        return torch.ones(len(groups), dtype=torch.float64)
+    if kind == "ziplm":
+        return eliminate(cov, out, groups).scores
+    if kind == "magnitude":
+        return magnitude(out, groups).square()
+    if kind == "l1":
+        return torch.stack([out[:, g].abs().sum().square() for g in groups])
+    return torch.stack([_energy(cov, out, g).clamp_min(0) for g in groups])
 
 
 def _energy(cov: Tensor, out: Tensor, group: Tensor) -> Tensor:
@@ -88,14 +118,16 @@ def choose_units(
 ) -> Choice:
     """Return the choice of `count` MLP units from covariance (Σ n, Σ n) and outputs (m, Σ n).
 
-    cholesky, magnitude, saliency: see `keep`. ot: a plan from all units to those that cholesky
-    keeps, by correlation. cluster: k-means of the standardised activations (the free-support
-    barycentre's hard case). Both then average by the root of the energy that a unit writes.
+    cholesky, ziplm, magnitude, saliency: see `keep`. ot: a plan from all units to those that
+    cholesky keeps, by correlation. cluster: k-means of the standardised activations (the
+    free-support barycentre's hard case). Both then average by the masses of the units' saliency.
     """
     sizes, method = union.units(members, "up"), settings.units
-    order = keep(method, cov, out, list(torch.arange(sum(sizes))[:, None]), count)
+    singles = list(torch.arange(sum(sizes))[:, None])
+    scores = _scores(union, members, "down", cov, out, singles, settings)
+    order = keep(method, cov, out, singles, count, scores)
     if method in ("ot", "cluster"):
-        push = _merged(cov, out, order, settings)
+        push = _merged(cov, order, scores, settings)
         order = push.argmax(0).tolist()
     else:
         push = torch.eye(sum(sizes), dtype=torch.float64)[:, order]
@@ -109,10 +141,27 @@ def choose_units(
     return Choice(maps, push, tuple(owners[i] for i in order))
 
 
-def _merged(cov: Tensor, out: Tensor, order: list[int], settings: Choosing) -> Tensor:
+def _scores(
+    union: Union,
+    members: Sequence[Member],
+    part: str,
+    cov: Tensor,
+    out: Tensor,
+    groups: Sequence[Tensor],
+    settings: Choosing,
+) -> Tensor | None:
+    """Return the scores (groups,) of a part's units or heads; None where no one asks for them."""
+    if settings.units not in ("saliency", "ot", "cluster"):
+        return None
+    given = union.scores(members, part)
+    return unit_scores(settings.saliency, cov, out, groups) if given is None else given
+
+
+def _merged(cov: Tensor, order: list[int], scores: Tensor | None, settings: Choosing) -> Tensor:
     """Return how units (n) are averaged into target units (n, m), columns sum to 1."""
+    assert scores is not None
     variance = cov.diagonal().clamp_min(0)
-    mass = masses((variance * out.square().sum(0)).sqrt())  # √saliency, saliency.md
+    mass = uniform(len(scores)) if settings.saliency == "uniform" else masses(scores)
     if settings.units == "ot":
         cost = standardised_cost(cov[:, order], variance, variance[order])
         plan = planned("MLP units", cost, settings.solver).plan
@@ -184,7 +233,9 @@ def choose_groups(
     mine = [i for i, own in enumerate(alike) if own]
     if len(mine) < count:
         mine = list(range(len(groups)))
-    found = keep(settings.units, cov, out, [groups[i] for i in mine], count)
+    scores = _scores(union, members, "o", cov, out, groups, settings)
+    some = None if scores is None else scores[mine]
+    found = keep(settings.units, cov, out, [groups[i] for i in mine], count, some)
     kept = [mine[i] for i in found]
     picks = torch.eye(sum(heads), dtype=torch.float64)[:, kept]
     parts = zip(members, picks.split(heads), strict=True)
@@ -223,7 +274,8 @@ def choose_heads(
         size = union.head_dims[members[k].parent]
         groups.append(torch.arange(offset, offset + size))
         offset += size
-    kept = keep(settings.units, cov, out, groups, count)
+    scores_of = _scores(union, members, "o", cov, out, groups, settings)
+    kept = keep(settings.units, cov, out, groups, count, scores_of)
     joined = [[i] for i in kept]
     if settings.heads == "merge":
         for i in set(range(len(owners))) - set(kept):

@@ -31,6 +31,7 @@ from slimfuse.fuse.labels import Goals, MeanLogits
 from slimfuse.fuse.memory import hold_steady
 from slimfuse.fuse.random_features import RandomFeatures
 from slimfuse.fuse.sandwich import upright
+from slimfuse.fuse.scoring import Saliency, by_gradients, saliencies
 from slimfuse.fuse.stream import EXACT, Consensus, StreamMap, StreamMethod, consensus, stream_map
 from slimfuse.fuse.union import Parent, Union
 from slimfuse.progress import track
@@ -45,11 +46,13 @@ class Settings:
 
     ridge: relative to the mean diagonal; None: by leave-one-sequence-out. layers: the deepest
     parent's blocks that each target block stands for; None: by similarity. solver: of the plans
-    that `stream: ot` and `units: ot` ask for.
+    that `stream: ot` and `units: ot` ask for. saliency: what a unit counts where units are chosen
+    by it, or merged by plans; see `scoring`.
     """
 
     stream: StreamMethod = "pca"
     units: Units = "cholesky"
+    saliency: Saliency = "energy"
     heads: Heads = "drop"
     ridge: Ridge = None
     solver: Solver = EXACT
@@ -102,10 +105,14 @@ def refit(
     with torch.no_grad(), StreamCache(folder=scratch) as cache:
         segments = match_depths([p.model for p in parents], layouts, depth, batches,
                                 settings.layers)  # fmt: skip
-        union = Union(parents, family, segments)
-        check_heads(union, family.atlas(target.config), own, settings.heads)
-        rows = count_rows(parents[0].model, layouts[0], batches())
         weights = [p.weight for p in parents]
+        rows = count_rows(parents[0].model, layouts[0], batches())
+        scored = None
+        if settings.units in ("saliency", "ot", "cluster") and by_gradients(settings.saliency):
+            scored = saliencies([p.model for p in parents], family, batches, settings.saliency,
+                                weights, rows=rows)  # fmt: skip
+        union = Union(parents, family, segments, scored)
+        check_heads(union, family.atlas(target.config), own, settings.heads)
         by_gradient = settings.stream == "gradient-pca"
         found = [
             gradients(p.model, layouts[i], batches(), union.checkpoints(i), TOKENS / rows,

@@ -29,7 +29,7 @@ keep all tokens there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +40,28 @@ from slimfuse.batch import Batches
 from slimfuse.errors import ParentError, ShapeError
 from slimfuse.families import Family
 from slimfuse.fuse.cache import StreamCache
+from slimfuse.fuse.refit import count_rows
+from slimfuse.fuse.scoring import subject
 from slimfuse.fuse.transport_move import Move
 from slimfuse.fuse.transport_policies import MapRecord, TransportSettings
 from slimfuse.fuse.union import Parent
 from slimfuse.progress import track
+from slimfuse.saliency import Scores, score
+from slimfuse.saliency.diagonal import traces
 
 __all__ = ["MapRecord", "TransportFusion", "TransportSettings", "fuse_by_transport"]
 
 
 @dataclass(frozen=True)
 class TransportFusion:
-    """Every map that was made, and the shares of the anchor (first) and of each parent."""
+    """Every map that was made, and the shares of the anchor (first) and of each parent.
+
+    tensors: the shares of every parameter by its name, where they differ.
+    """
 
     maps: tuple[MapRecord, ...]
     weights: tuple[float, ...]
+    tensors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def fuse_by_transport(
@@ -78,7 +86,10 @@ def fuse_by_transport(
     weights = _shares([p.weight for p in parents], settings.anchor_weight)
     passes = 1 + 2 * len(family.layout(anchor.config).blocks)
     total = len(parents) * passes * n_batches if settings.needs_activations else len(parents)
-    fused = {n: weights[0] * p.double().cpu() for n, p in anchor.state_dict().items()}
+    tensors, scores = _weighed(parents, anchor, family, batches, settings, weights)
+    fused = {
+        n: tensors.get(n, weights)[0] * p.double().cpu() for n, p in anchor.state_dict().items()
+    }
     records: list[MapRecord] = []
     with torch.no_grad(), track("moving parents to the anchor", total) as tell:
         done = 0
@@ -88,17 +99,48 @@ def fuse_by_transport(
             done += 1
             tell(done)
 
-        for parent, weight in zip(parents, weights[1:], strict=True):
+        for place, parent in enumerate(parents, start=1):
             with StreamCache(folder=scratch) as cache:
-                move = Move(parent, anchor, family, settings, tick, cache)
+                both = (scores[place], scores[0]) if scores else None
+                move = Move(parent, anchor, family, settings, tick, cache, both)
                 for name, value in move.run(batches()).items():
-                    fused[name] += weight * value
+                    fused[name] += tensors.get(name, weights)[place] * value
             records += move.records
             if not settings.needs_activations:
                 tick()
         for name, parameter in target.named_parameters():
             parameter.copy_(fused[name])
-    return TransportFusion(tuple(records), tuple(weights))
+    return TransportFusion(tuple(records), tuple(weights), tensors)
+
+
+def _weighed(
+    parents: Sequence[Parent],
+    anchor: nn.Module,
+    family: Family,
+    batches: Batches,
+    settings: TransportSettings,
+    weights: Sequence[float],
+) -> tuple[dict[str, tuple[float, ...]], list[Scores]]:
+    """Return the shares of every tensor, and the units' scores, as far as they are asked for.
+
+    The anchor's are the first of both. Tensors: share · trace, of all models together 1.
+    """
+    models = [anchor, *(p.model for p in parents)]
+    tensors: dict[str, tuple[float, ...]] = {}
+    fisher = settings.parent_weights == "fisher"
+    if not (fisher or settings.scored):
+        return {}, []
+    rows = count_rows(anchor, family.layout(anchor.config), batches())
+    if fisher:
+        found = [traces(subject(m, family, batches, 4 * rows)) for m in models]
+        for name in found[0]:
+            parts = [w * f[name] for w, f in zip(weights, found, strict=True)]
+            total = sum(parts)
+            tensors[name] = tuple(p / total for p in parts) if total > 0 else tuple(weights)
+    if not settings.scored:
+        return tensors, []
+    scores = [score(settings.saliency, subject(m, family, batches, rows)) for m in models]
+    return tensors, scores
 
 
 def _shares(parents: Sequence[float], anchor: float | None) -> list[float]:

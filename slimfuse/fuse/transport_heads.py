@@ -6,10 +6,11 @@ together or crossed, so that whoever moves weights needn't know which.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from slimfuse.moments import Moments
 from slimfuse.transport import Solver, TransportMap, solve
 
 TINY = torch.finfo(torch.float64).tiny
@@ -17,7 +18,16 @@ KEPT = 1e-9  # of the heads' plan's largest entry: what an exact solver means by
 Pair = tuple[int, int]  # heads of the source and of the target
 
 
-def contribution_similarity(contexts: Moments, x_out: Tensor, y_out: Tensor, heads: Pair) -> Tensor:
+class Covariances(Protocol):
+    """What is known of the sites x and y."""
+
+    def cov(self, a: str, b: str | None = None, /) -> Tensor:
+        """Return the covariance of two sites (b defaults to a)."""
+
+
+def contribution_similarity(
+    contexts: Covariances, x_out: Tensor, y_out: Tensor, heads: Pair
+) -> Tensor:
     """Return RV coefficients (heads of x, heads of y) of what heads write to their streams.
 
     RV(u, v) = ‖C_uv‖² / (‖C_uu‖ ‖C_vv‖) for u = O_h a_h and v = P_g b_g (Robert & Escoufier 1976):

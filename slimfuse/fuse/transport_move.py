@@ -26,6 +26,8 @@ from slimfuse.fuse.transport_policies import MapRecord, TransportSettings, after
 from slimfuse.fuse.transport_rows import Reading, Sites, Two, anchor_norms, deviations
 from slimfuse.fuse.union import Parent
 from slimfuse.moments import Moments
+from slimfuse.saliency import Scores
+from slimfuse.saliency import masses as masses_of
 from slimfuse.spaces import Atlas, AxisMap, Leg, LinearMap, Role, transform
 from slimfuse.transport import (
     TransportMap,
@@ -58,16 +60,18 @@ class Move:
         settings: TransportSettings,
         tick: Callable[[], None],
         cache: StreamCache,
+        scores: tuple[Scores, Scores] | None = None,
     ) -> None:
+        """Take both models; scores: of the parent's and the anchor's units, if masses ask."""
         configs: list[Any] = [parent.model.config, anchor.config]
-        self.name, self.settings = parent.name, settings
+        self.name, self.settings, self.scores = parent.name, settings, scores
         self.layout = family.layout(configs[1])
         self.space = self.layout.stream_space
         models = (parent.model, anchor)
         self.reading = Reading(models, self.layout, configs[1], settings, tick, cache)
         self.states = [{n: v.double().cpu() for n, v in m.state_dict().items()} for m in models]
         keys = [block.k for block in self.layout.blocks]
-        self.atlases = [_one_role(family.atlas(c), keys) for c in configs]
+        self.atlases = [one_role(family.atlas(c), keys) for c in configs]
         shapes = [family.shape(c) for c in configs]
         self.heads = (shapes[0].num_attention_heads, shapes[1].num_attention_heads)
         self.key_scale = family.head_dims(configs[0]) / family.head_dims(configs[1])
@@ -99,10 +103,12 @@ class Move:
         seen = self.reading.embed(batches) if self.settings.needs_activations else None
         names = self.layout.embed_parameters
         x, y = (
-            _writing_rows(state, atlas, names, self.space)
+            writing_rows(state, atlas, names, self.space)
             for state, atlas in zip(self.states, self.atlases, strict=True)
         )
-        self.stream = self._solve("stream.0", self._evidence(seen, (x, y), self._gains(0)))
+        self.stream = self._solve(
+            "stream.0", self._evidence(seen, (x, y), self._gains(0), self.space)
+        )
         self._move(names, {self.space: self.stream})
 
     def _attention(self, layer: int, block: Block) -> None:
@@ -112,7 +118,8 @@ class Move:
         # as they will be once moved, so that copies are alike: keys inside a head are summed
         q_rows = (self.query_scale * q_rows[0], q_rows[1])
         k_rows = (self.key_scale * k_rows[0], k_rows[1])
-        outputs = self._evidence(sites.get("units"), v_rows, self._norms(block.o))
+        qk_axis, vo_axis = (f"{block.head_space} {s}" for s in (block.qk_space, block.vo_space))
+        outputs = self._evidence(sites.get("units"), v_rows, self._norms(block.o), vo_axis)
         heads = None
         if self.settings.heads == "kept":
             alike = self._heads_alike(block, sites.get("units"), (q_rows, k_rows, v_rows))
@@ -121,12 +128,11 @@ class Move:
         partners = [deviations(sites[s]) if s in sites else None for s in ("k", "q")]
         q, k = self._query_and_key(
             layer,
-            self._in_heads(self._evidence(sites.get("q"), q_rows, partners[0]), outputs),
-            self._in_heads(self._evidence(sites.get("k"), k_rows, partners[1]), outputs),
+            self._in_heads(self._evidence(sites.get("q"), q_rows, partners[0], qk_axis), outputs),
+            self._in_heads(self._evidence(sites.get("k"), k_rows, partners[1], qk_axis), outputs),
             heads,
         )
         key = key_side(k, self.heads)
-        qk_axis, vo_axis = (f"{block.head_space} {s}" for s in (block.qk_space, block.vo_space))
         self._place([block.attention_norm], {})
         self._place([block.q], {qk_axis: q})
         for name in self._parameters([block.q]):
@@ -162,7 +168,9 @@ class Move:
     def _mlp(self, layer: int, block: Block) -> None:
         sites, skip = self.reading.mlp(layer)
         rows = self._rows(block.up, {self.space: self.stream})
-        evidence = self._evidence(sites.get("units"), rows, self._norms(block.down))
+        evidence = self._evidence(
+            sites.get("units"), rows, self._norms(block.down), block.mlp_space
+        )
         units = {block.mlp_space: self._solve(f"mlp.{layer}", evidence)}
         self._place([block.mlp_norm], {})
         self._place([block.up], units)
@@ -179,7 +187,7 @@ class Move:
     ) -> None:
         """Move a layer that writes the stream, and the stream's map past the addition."""
         seen = sites.get("branch")
-        evidence = self._evidence(seen, self._rows(path, units), self._gains(depth))
+        evidence = self._evidence(seen, self._rows(path, units), self._gains(depth), self.space)
         branch = self._solve(name, evidence)
         self._place([path], {**units, self.space: branch})
         norms = None if seen is None else anchor_norms(seen)
@@ -188,8 +196,11 @@ class Move:
 
     # -- plans ------------------------------------------------------------------------------
 
-    def _evidence(self, seen: Moments | None, rows: Two, sent: Two | None) -> Evidence:
-        """Return cost and masses of a site; sent: what a unit's reader makes of it, a number."""
+    def _evidence(self, seen: Moments | None, rows: Two, sent: Two | None, units: str) -> Evidence:
+        """Return cost and masses of a site; sent: what a unit's reader makes of it, a number.
+
+        units: the axis' name in the scores.
+        """
         settings, costs = self.settings, []
         if settings.cost != "weights":
             assert seen is not None
@@ -198,8 +209,13 @@ class Move:
         if settings.cost != "activations":
             costs.append(weight_cost(*rows))
         cost = costs[0] if len(costs) == 1 else combine(costs, [1.0] * len(costs))
-        if settings.masses == "uniform":
+        if settings.masses == "uniform" or (
+            settings.masses == "saliency" and settings.saliency == "uniform"
+        ):
             return Evidence(cost, uniform(cost.shape[0]), uniform(cost.shape[1]))
+        if self.scores is not None:
+            mu, nu = (masses_of(scores[units]) for scores in self.scores)
+            return Evidence(cost, mu, nu)
         x, y = (r.norm(dim=1) for r in rows)
         if settings.masses == "saliency":
             assert seen is not None and sent is not None
@@ -271,7 +287,7 @@ class Move:
         return x, y
 
 
-def _writing_rows(
+def writing_rows(
     state: Mapping[str, Tensor], atlas: Atlas, names: Sequence[str], space: str
 ) -> Tensor:
     """Return all weights (units, k) with which parameters write each unit of a space."""
@@ -283,7 +299,7 @@ def _writing_rows(
     return torch.cat(parts, 1)
 
 
-def _one_role(atlas: Atlas, modules: Sequence[str]) -> Atlas:
+def one_role(atlas: Atlas, modules: Sequence[str]) -> Atlas:
     """Return the atlas with the (head, unit) axes of key projections as plain writers.
 
     Their heads are written and their units read; `key_side` is the one matrix that does both.

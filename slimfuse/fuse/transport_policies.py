@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slimfuse.families import Readout
+from slimfuse.fuse.scoring import Saliency
 from slimfuse.transport import Solver, TransportMap
 
 Cost = Literal["activations", "weights", "combined"]
@@ -17,6 +18,7 @@ Residual = Literal["none", "residual-only", "mean", "weighted-scalar", "weighted
 QK = Literal["separate", "joint", "equal"]
 Heads = Literal["kept", "crossed"]
 Tokens = Literal["all", "class", "window"]
+ParentWeights = Literal["equal", "fisher"]
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -27,11 +29,14 @@ class TransportSettings:
     cost: "combined" is the sum of both, each divided by its mean. masses: "norm" is the norm of a
     unit's column-aligned weights; "saliency" the energy that a unit sends on, |W_out[:, i]| times
     the standard deviation of its activation, where W_out is the next norm's gain for the stream
-    and the pair's other deviation for queries and keys; a head's queries and keys together have
-    the mass of its outputs. qk: "joint" is one map from the sum of both costs, "equal" the
+    and the pair's other deviation for queries and keys; with another `saliency` than "energy" its
+    scores of parent and anchor, see `scoring`. A head's queries and keys together have the mass of
+    its outputs. qk: "joint" is one map from the sum of both costs, "equal" the
     queries' map for both. heads: "kept" matches whole heads first, exactly, and units inside
     them; "crossed" is one plan over all heads' units. tokens, window: see `kept_tokens`.
     anchor_weight: the anchor's share in 0 … 1 (None: as much as a parent of weight 1).
+    parent_weights: "fisher" multiplies the shares of every tensor by the tensors' mean diagonal
+    Fisher (`saliency.diagonal.traces`).
     """
 
     solver: Solver = field(default_factory=Solver)
@@ -43,12 +48,20 @@ class TransportSettings:
     tokens: Tokens = "all"
     window: int = 1
     anchor_weight: float | None = None
+    saliency: Saliency = "energy"
+    parent_weights: ParentWeights = "equal"
+
+    @property
+    def scored(self) -> bool:
+        """Whether units have to be scored before."""
+        return self.masses == "saliency" and self.saliency not in ("energy", "uniform")
 
     @property
     def needs_activations(self) -> bool:
         """Whether the models have to be run at all."""
         weighted = self.residual in ("weighted-scalar", "weighted-matrix")
-        return self.cost != "weights" or self.masses == "saliency" or weighted
+        energies = self.masses == "saliency" and self.saliency == "energy"
+        return self.cost != "weights" or energies or weighted
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +43,15 @@ class Union:
     """What a refit asks of its parents; streams come one a parent, `segments` as in `depth`."""
 
     def __init__(
-        self, parents: Sequence[Parent], family: Family, segments: Sequence[Segments]
+        self,
+        parents: Sequence[Parent],
+        family: Family,
+        segments: Sequence[Segments],
+        saliency: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> None:
+        """Take the parents; saliency: scores of each one's units, where some are known."""
         configs: list[Any] = [p.model.config for p in parents]
+        self.saliency = saliency or [{} for _ in parents]
         self.parents, self.segments = tuple(parents), tuple(segments)
         self.layouts: list[Layout] = [family.layout(c) for c in configs]
         self.atlases: list[Atlas] = [family.atlas(c) for c in configs]
@@ -110,6 +116,16 @@ class Union:
             [mixes[m.parent] * self.post_gain(m, part) @ self.weight(m, part) for m in members],
             dim=1,
         )
+
+    def scores(self, members: Sequence[Member], part: str) -> Tensor | None:
+        """Return the saliency of the members' heads (part o) or units (down), None if not known."""
+        found = []
+        for member in members:
+            block = self.block(member)
+            space = block.head_space if part == "o" else block.mlp_space
+            found.append(self.saliency[member.parent].get(space))
+        known = [scores for scores in found if scores is not None]
+        return torch.cat(known) if known and len(known) == len(found) else None
 
     def units(self, members: Sequence[Member], part: str) -> list[int]:
         """Return how many units each member has in a part."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 AVERAGING = ("vanilla", "gauge", "ot")
 REFITTING = ("refit", "random-refit")
-COPYING = ("subclone", "select")
+COPYING = ("subclone", "select", "intra")
 
 
 def check_methods(

@@ -297,7 +297,7 @@ class Stages(BaseStages):
         fuse = recipe.fuse.model_copy(update={"method": method})
         calibration = recipe.data.calibration
         inputs = self.base | {"target": config_values(self.job.target), "method": method}
-        if method in ("refit", "gauge", "ot", "select", "random-refit"):
+        if method in ("refit", "gauge", "ot", "intra", "select", "random-refit"):
             inputs |= {
                 "fuse": fuse.model_dump(mode="json", exclude={"ot": {"anchor"}}),
                 "calibration": calibration.model_dump(mode="json"),

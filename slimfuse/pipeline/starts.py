@@ -16,6 +16,7 @@ from slimfuse.fuse.baselines import select, subclone
 from slimfuse.fuse.gauge import aligned, average
 from slimfuse.fuse.gauge_reduce import reduce
 from slimfuse.fuse.importance import TOKENS, all_depths_importance
+from slimfuse.fuse.intra import IntraSettings, intra_fuse
 from slimfuse.fuse.labels import Goals
 from slimfuse.fuse.refit import Settings, count_rows, refit
 from slimfuse.fuse.repair import repair
@@ -75,6 +76,7 @@ def settings_of(fuse: Fuse) -> Settings:
     return Settings(
         stream=fuse.stream,
         units=fuse.units,
+        saliency=fuse.saliency or "energy",
         heads=fuse.heads,
         ridge=None if fuse.ridge == "auto" else fuse.ridge,
         solver=solver_of(fuse.ot),
@@ -149,6 +151,7 @@ def by_transport(given: Ingredients) -> Record:
     settings = TransportSettings(
         solver=solver_of(ot), cost=ot.cost, masses=ot.masses, residual=ot.residual, qk=ot.qk,
         heads=ot.heads, tokens=ot.tokens, window=ot.window, anchor_weight=ot.anchor_weight,
+        saliency=given.fuse.saliency or "energy", parent_weights=given.fuse.parent_weights,
     )  # fmt: skip
     fusion = fuse_by_transport(
         given.parents, anchor, given.target, given.family, given.batches, settings,
@@ -170,6 +173,17 @@ def by_plain_average(given: Ingredients) -> Record:
         )
     average(given.parents, given.target, given.family, given.batches, alignment="none")
     return {}
+
+
+def by_merging(given: Ingredients) -> Record:
+    """Merge the first parent's units onto its most salient ones (Intra-Fusion)."""
+    fuse, name = given.fuse, given.parents[0].name
+    default = IntraSettings()
+    settings = IntraSettings(
+        saliency=fuse.saliency or default.saliency, cost=fuse.ot.cost, solver=solver_of(fuse.ot)
+    )
+    found = intra_fuse(given.first, given.target, given.family, given.batches, settings, name=name)
+    return transported(found, [name])
 
 
 def by_pruning(given: Ingredients) -> Record:
@@ -209,6 +223,7 @@ METHODS: dict[str, Callable[[Ingredients], Record]] = {
     "refit": by_refit,
     "gauge": by_gauge,
     "ot": by_transport,
+    "intra": by_merging,
     "vanilla": by_plain_average,
     "select": by_pruning,
     "subclone": by_copying,

@@ -24,7 +24,13 @@ from slimfuse.recipe.strict import (
 )
 
 Axis = Literal["hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"]
-Method = Literal["refit", "gauge", "ot", "vanilla", "select", "subclone", "random", "random-refit"]
+Method = Literal[
+    "refit", "gauge", "ot", "intra", "vanilla", "select", "subclone", "random", "random-refit"
+]
+Saliency = Literal[
+    "energy", "uniform", "magnitude", "l1", "taylor", "diagonal-fisher", "mask-fisher", "ziplm",
+    "random",
+]  # fmt: skip
 
 
 class Budget(Strict):
@@ -229,6 +235,7 @@ Layers = Annotated[
 ]
 
 ONLY_OT = ("cost", "masses", "residual", "qk", "heads", "tokens", "window")
+FOR_INTRA = ("cost", *Plans.model_fields)
 ANCHOR = ("anchor", "anchor_weight")  # may stand there for a baseline
 
 
@@ -239,7 +246,8 @@ class Fuse(Strict):
         "refit",
         description="refit: least squares on the parents' activations, block by block. gauge: "
         "average in common coordinates, then refit. ot: the published transport to a trained "
-        "anchor. vanilla: plain average of equal shapes. select: the first parent pruned. "
+        "anchor. intra: the first parent's units merged onto its most salient ones. vanilla: plain "
+        "average of equal shapes. select: the first parent pruned. "
         "subclone: its largest units copied. random: none of the parents. random-refit: a random "
         "model whose writers and head are refitted, the control of every refit.",
     )
@@ -249,10 +257,23 @@ class Fuse(Strict):
     stream: Literal["pca", "gradient-pca", "select", "ot", "cluster"] = Field(
         "pca", description="How the residual stream is narrowed (refit)."
     )
-    units: Literal["cholesky", "magnitude", "saliency", "ot", "cluster"] = Field(
+    units: Literal["cholesky", "ziplm", "magnitude", "saliency", "ot", "cluster"] = Field(
         "cholesky",
-        description="How MLP units and heads are chosen: by what they explain, by norm, by the "
-        "energy they write; ot and cluster merge MLP units (refit).",
+        description="How MLP units and heads are chosen: one after the other by what they explain, "
+        "or by what is lost with the one that goes, by norm, by saliency; ot and cluster merge MLP "
+        "units (refit).",
+    )
+    saliency: Saliency | None = Field(
+        None,
+        description="What a unit counts in a choice by saliency (units) and as mass in plans "
+        "(units, ot.masses, method intra): the energy that it writes, nothing (uniform), or a "
+        "score of slimfuse.saliency. Gradients are of the parents' own answers, no labels are "
+        "needed. null: mask-fisher with method intra, else energy.",
+    )
+    parent_weights: Literal["equal", "fisher"] = Field(
+        "equal",
+        description="Whether every tensor's average goes by the parents' weights alone, or by "
+        "its Fisher information in each of them, too (ot).",
     )
     heads: Literal["drop", "merge"] = Field(
         "drop", description="What becomes of heads that aren't kept (refit)."
@@ -282,6 +303,7 @@ class Fuse(Strict):
         owners = {
             "stream": (*refits, "random-refit"),
             "units": refits,
+            "parent_weights": ("ot",),
             "heads": refits,
             "ridge": (*refits, "random-refit"),
             "layers": ("refit",),
@@ -303,14 +325,33 @@ class Fuse(Strict):
             findings.append(Finding(("ot", "anchor"), "missing key: method 'ot' needs it"))
         published = method == "ot" or ot.get("anchor") is not None  # then for the baseline ot
         solves = published or "ot" in (raw.get("stream"), raw.get("units"))
-        solves = solves or raw.get("alignment") == "soft"
+        solves = solves or raw.get("alignment") == "soft" or method == "intra"
+        findings += _saliency_findings(raw, ot)
         for key, default in Ot().model_dump(by_alias=True).items():
             if key in ANCHOR:
                 continue
             idle = not published if key in ONLY_OT else not solves
+            idle = idle and not (key == "cost" and method == "intra")
             if idle and ot.get(key, default) != default:
-                allowed = "with method: ot"
+                allowed = "with method: ot or intra" if key in FOR_INTRA else "with method: ot"
                 if key not in ONLY_OT:
                     allowed += ", stream: ot, units: ot or alignment: soft"
                 findings.append(Finding(("ot", key), "has no effect here", allowed=allowed))
         return findings
+
+
+def _saliency_findings(raw: Mapping[str, Any], ot: Mapping[str, Any]) -> list[Finding]:
+    """Refuse a saliency that no one asks for, and a choice by none."""
+    asked = raw.get("saliency")
+    if asked is None:
+        return []
+    method, units = raw.get("method", "refit"), raw.get("units", "cholesky")
+    used = method == "intra" or ot.get("masses") == "saliency"
+    if method in ("refit", "gauge") and units in ("saliency", "ot", "cluster"):
+        used = True
+        if units == "saliency" and asked == "uniform":
+            return [Finding(("saliency",), "chooses none before another", allowed="a score")]
+    if used:
+        return []
+    allowed = "with units: saliency, ot or cluster, ot.masses: saliency or method: intra"
+    return [Finding(("saliency",), "has no effect here", allowed=allowed)]

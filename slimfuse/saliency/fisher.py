@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,12 +29,33 @@ from slimfuse.saliency.inverse import (
 from slimfuse.saliency.patterns import UNSTRUCTURED, Layer, Pattern
 
 T = TypeVar("T")
+R = TypeVar("R")
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over processes, as an all-reduce does."""
 
 MEMORY = 2 << 30
 HELD = 32  # gradients that wait for one product: a Gram is read and written once for all of them
 CACHE = 1 << 18  # numbers that one step of the linear algebra works on: they stay in the cache
+SERIAL = 1 << 15  # from here on torch would split a step's elementwise work among threads itself
+
+
+def sweep(
+    visit: Callable[[slice], R], blocks: int, numbers: int, device: torch.device | None = None
+) -> list[R]:
+    """Return what a function makes of a few blocks at a time, in order.
+
+    numbers: of one block. Small blocks are shared among torch's threads, which a batch of LAPACK
+    calls is not by itself.
+    """
+    threads = torch.get_num_threads() if device is None or device.type == "cpu" else 1
+    if numbers > SERIAL:
+        threads = 1  # a large factor uses the threads itself
+    step = max(1, (SERIAL if threads > 1 else CACHE) // numbers)
+    places = [slice(start, min(start + step, blocks)) for start in range(0, blocks, step)]
+    if threads == 1 or len(places) == 1:
+        return [visit(where) for where in places]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(visit, places))
 
 
 @dataclass(frozen=True)
@@ -130,9 +152,9 @@ class Sums:
         block, blocks = self.part.block, self.part.stop - self.part.start
         if self._gram is None:
             self._gram = self._held[0].new_zeros(blocks, block, block)
-        step = max(1, CACHE // (block * sum(map(len, self._held))))
+        step = max(1, 2 * CACHE // (block * sum(map(len, self._held))))
         for start in range(0, blocks, step):
-            cut = self._cut(slice(start, start + step))
+            cut = self._cut(slice(start, start + step)).contiguous()
             self._gram[start : start + step].baddbmm_(cut.mT, cut)
         self._held = []
 

@@ -123,7 +123,7 @@ class GramInverse(BlockInverse):
 
     @cached_property
     def _factor(self) -> Tensor:
-        return _cholesky(self.gram.clone(), self.damping)
+        return _cholesky(self.gram, self.damping)
 
     @cached_property
     def _inverse_factor(self) -> Tensor:
@@ -315,10 +315,13 @@ def runs(values: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _cholesky(matrix: Tensor, damping: float) -> Tensor:
-    """Return the factor of `matrix` + damping·I; `matrix` is overwritten."""
-    matrix.diagonal(dim1=1, dim2=2).add_(damping)
+    """Return the factor of `matrix` + damping·I."""
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    before = diagonal.clone()
+    diagonal.add_(damping)  # for a moment: cheaper than a copy of the whole
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
+    diagonal.copy_(before)
     if bool(failed.any()):
         raise SlimfuseError(
             "the damped Fisher is not positive definite: λ is below the rounding of its sums",

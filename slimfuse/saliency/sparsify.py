@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -15,12 +16,12 @@ from slimfuse.errors import UserError
 from slimfuse.progress import track
 from slimfuse.saliency import obs
 from slimfuse.saliency.fisher import (
-    CACHE,
     Part,
     Reduce,
     Sums,
     accumulate,
     plan,
+    sweep,
 )
 from slimfuse.saliency.gradients import Batches, BatchLoss, count_rows
 from slimfuse.saliency.inverse import Route, choose, cut_rows
@@ -38,6 +39,7 @@ from slimfuse.saliency.sparsify_state import (
 from slimfuse.saliency.weight_scores import WEIGHT_SCORERS, Blocks
 
 T = TypeVar("T")
+R = TypeVar("R")
 Between = Callable[[nn.Module, Masks, int], None]
 """Trains a model after a step of the schedule (1, 2, …) that isn't the last; masks must hold."""
 
@@ -228,8 +230,7 @@ class _Run(Generic[T]):
                 sums = self._sums(todo)
             with track("scores of weights", len(todo)) as tell:
                 for done, part in enumerate(todo, start=1):
-                    blocks = self._blocks(part, sums.get(part.key))
-                    found = [self._scores_of(b) for _, b in blocks]
+                    found = self._sweep(part, sums.get(part.key), self._scores_of)
                     where = part.weights
                     count = where.stop - where.start
                     if self.pattern.keep is None:
@@ -239,7 +240,7 @@ class _Run(Generic[T]):
                     tell(done)
         return sums if len(passes) == 1 else {}
 
-    def _scores_of(self, blocks: Blocks) -> Tensor:
+    def _scores_of(self, _where: slice, blocks: Blocks) -> Tensor:
         """Return the scores of groups, flat; of N:M which weights stay."""
         inverse, weights = self.scorer.view(blocks)
         size, keep = self.pattern.size, self.pattern.keep
@@ -284,20 +285,22 @@ class _Run(Generic[T]):
             sums = {}
 
     def _update_part(self, part: Part, kept: Tensor, sums: Sums | None) -> None:
-        stays, found, cost = self._cut(part, kept), [], 0.0
-        for where, blocks in self._blocks(part, sums):
+        stays = self._cut(part, kept)
+
+        def updated(where: slice, blocks: Blocks) -> tuple[Tensor, float]:
             if blocks.inverse is None:
-                found.append((blocks.weights * stays[where]).flatten())
-                continue
+                return (blocks.weights * stays[where]).flatten(), 0.0
             weights = self.scorer.view(blocks)[1] if self.scorer.gradient else blocks.weights
             new = obs.update(blocks.inverse, weights, stays[where], self.spec.updating)
             change = new - blocks.weights
-            cost += float(obs.increase(blocks.inverse, change, blocks.gradient).sum())
-            found.append(new.flatten())
+            cost = obs.increase(blocks.inverse, change, blocks.gradient).sum()
+            return new.flatten(), float(cost)
+
+        found, costs = zip(*self._sweep(part, sums, updated), strict=True)
         new = torch.cat(found)[: part.weights.stop - part.weights.start]
         self.state.new[part.key] = new.to(self.parameters[part.layer.name].dtype).cpu()
         if sums is not None:
-            self.state.costs[part.key] = cost
+            self.state.costs[part.key] = math.fsum(costs)
 
     def _sums(self, parts: Sequence[Part]) -> dict[str, Sums]:
         if not parts:
@@ -309,9 +312,9 @@ class _Run(Generic[T]):
             seed=self.spec.seed, reduce=self.reduce,
         )  # fmt: skip
 
-    def _blocks(self, part: Part, sums: Sums | None) -> Iterator[tuple[slice, Blocks]]:
-        """Yield a part's blocks, as many at once as the cache holds, and where in it they are."""
-        layer, count = part.layer, part.stop - part.start
+    def _sweep(self, part: Part, sums: Sums | None, visit: Callable[[slice, Blocks], R]) -> list[R]:
+        """Return what a function makes of a part's blocks, a few at a time, and of their places."""
+        layer = part.layer
         flat = self.pattern.flat(layer, self.parameters[layer.name].detach()[None])[0]
         weights, alive = self._cut(part, flat), self._cut(part, self.state.kept[layer.name])
         noise = gradient = None
@@ -323,22 +326,22 @@ class _Run(Generic[T]):
             self.state.dampings[part.key] = damping
             if self.scorer.gradient:
                 gradient = cut_rows(sums.mean_gradient()[None], part.block)[:, 0]
-        step = max(1, CACHE // part.block ** (1 if self.route == "diagonal" else 2))
-        for start in range(0, count, step):
-            where = slice(start, min(start + step, count))
+
+        def visited(where: slice) -> R:
             inverse = None
             if sums is not None:
                 inverse = sums.inverse(where, damping).restricted(alive[where])
-            yield (
-                where,
-                Blocks(
-                    weights=weights[where].double(),
-                    alive=alive[where],
-                    inverse=inverse,
-                    gradient=None if gradient is None else gradient[where] * alive[where],
-                    noise=None if noise is None else noise[where],
-                ),
+            blocks = Blocks(
+                weights=weights[where].double(),
+                alive=alive[where],
+                inverse=inverse,
+                gradient=None if gradient is None else gradient[where] * alive[where],
+                noise=None if noise is None else noise[where],
             )
+            return visit(where, blocks)
+
+        numbers = part.block if self.route in ("diagonal", None) else part.block**2
+        return sweep(visited, part.stop - part.start, numbers, flat.device)
 
     def _cut(self, part: Part, flat: Tensor) -> Tensor:
         """Return a part's own of a layer's flat values (d,), as blocks (n, B)."""

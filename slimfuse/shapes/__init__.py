@@ -1,6 +1,7 @@
 """The shape planner: from what a recipe wishes to a legal shape, with its reasons."""
 
 from slimfuse.shapes.budget import Meter, largest
+from slimfuse.shapes.descent import Losses, descent
 from slimfuse.shapes.ladder import grid, ladder
 from slimfuse.shapes.proposal import HEADER, Option, Proposal, Refusal
 from slimfuse.shapes.propose import resolve
@@ -10,11 +11,13 @@ __all__ = [
     "AXES",
     "HEADER",
     "Budget",
+    "Losses",
     "Meter",
     "Option",
     "Proposal",
     "Refusal",
     "Wish",
+    "descent",
     "grid",
     "ladder",
     "largest",

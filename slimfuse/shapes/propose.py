@@ -9,6 +9,7 @@ from typing import Any
 from slimfuse.errors import ShapeError
 from slimfuse.families import Family, Shape
 from slimfuse.shapes.budget import Meter, TimeRatio, largest
+from slimfuse.shapes.descent import Losses, descent, refilled
 from slimfuse.shapes.ladder import changed, grid, ladder
 from slimfuse.shapes.proposal import Draft, Proposal, Refusal
 from slimfuse.shapes.wish import AXES, Budget, Wish
@@ -17,14 +18,20 @@ SHOWN = 6  # neighbours of each kind: a table that still fits on a screen
 
 
 def resolve(
-    wish: Wish, config: Any, family: Family, *, time_ratio: TimeRatio | None = None
+    wish: Wish,
+    config: Any,
+    family: Family,
+    *,
+    time_ratio: TimeRatio | None = None,
+    losses: Losses | None = None,
 ) -> Proposal:
     """Return the legal shape that a wish comes to.
 
     config: the anchor (largest) parent's. Without a budget numbers stand as they are and ratios
     go to the nearest legal value. With one, the largest rung of `ladder` that meets it is taken,
     and what a coarse step of depth or width leaves of a counted budget goes to the finer axes;
-    a latency budget calls time_ratio(config) at most ⌈log₂(n + 1)⌉ times for n rungs.
+    a latency budget calls time_ratio(config) at most ⌈log₂(n + 1)⌉ times for n rungs. losses: what
+    a budget is split by between the free sizes, instead of the parent's proportions; see `descent`.
     Raises ShapeError for an illegal number, for a size over the parent's, and for a budget that
     no legal shape meets.
     """
@@ -34,7 +41,7 @@ def resolve(
         shape = start
         alternatives = _neighbours(wish, shape, draft)
     else:
-        shape, alternatives = _fit(wish, wish.budget, start, draft)
+        shape, alternatives = _fit(wish, wish.budget, start, draft, losses)
     narrowed = draft.meter.narrow(shape)
     if wish.num_attention_heads is None and "num_attention_heads" not in wish.shrinking:
         draft.notes.append(_heads_note(shape, draft.meter))
@@ -143,22 +150,31 @@ def _heads_note(shape: Shape, meter: Meter) -> str:
     )
 
 
-def _fit(wish: Wish, budget: Budget, start: Shape, draft: Draft) -> tuple[Shape, list[Shape]]:
+def _fit(
+    wish: Wish, budget: Budget, start: Shape, draft: Draft, losses: Losses | None
+) -> tuple[Shape, list[Shape]]:
     """Return the largest rung within the budget, and shapes within it that stand near."""
     meter = draft.meter
-    rungs = ladder(start, wish.shrinking, meter)
+    if losses is None:
+        rungs = ladder(start, wish.shrinking, meter)
+    else:
+        rungs = descent(start, wish.shrinking, meter, losses, budget.kind)
     found = largest(rungs, budget, meter)
     if found is None:
         raise _unreachable(wish, budget, rungs[-1], meter)
     shape, names = rungs[found], _listed(wish.shrinking)
     if budget.kind != "latency_ratio" and found > 0:
-        shape = _fill(wish, budget, start, shape, meter)
+        if losses is None:
+            shape = _fill(wish, budget, start, shape, meter)
+        else:
+            shape = refilled(start, shape, wish.shrinking, meter, losses, budget)
     used = _used(budget, shape, meter)
     if found == 0:
         draft.notes.append(f"budget: nothing had to shrink; {used} is within {budget}.")
     else:
+        how = "by one share of the parent's" if losses is None else "where least is lost by it"
         draft.notes.append(
-            f"budget: {names} shrink by one share of the parent's, to the largest of "
+            f"budget: {names} shrink {how}, to the largest of "
             f"{len(rungs)} steps that meets {budget}: {used}."
         )
         gains = [
@@ -169,7 +185,7 @@ def _fit(wish: Wish, budget: Budget, start: Shape, draft: Draft) -> tuple[Shape,
         if gains:
             draft.notes.append(f"budget: what a coarse step left goes to {_listed(gains)}.")
         floors = [a for a in wish.shrinking if getattr(shape, a) == getattr(rungs[-1], a)]
-        if floors:
+        if floors and losses is None:
             draft.notes.append(
                 f"budget: {_listed(floors)} can't go lower, so the parent's proportions "
                 f"are not kept."
