@@ -128,6 +128,15 @@ def compare_methods(
         str | None,
         typer.Option(help="Finetuning budgets in steps, as in 0,300,1000.", show_default=False),
     ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vary",
+            help="An ablation instead: the recipe beside itself with one key changed, a row for "
+            "every value. May be repeated; one key changes at a time.",
+            metavar="KEY=V1,V2,…",
+        ),
+    ] = None,
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder (default runs/NAME-compare).")
@@ -141,8 +150,9 @@ def compare_methods(
         from slimfuse.pipeline.comparison import compare, markdown
 
     found = compare(
-        recipe, seeds=range(seeds), steps=_numbers(steps), overrides=tuple(overrides or ()), out=out
-    )
+        recipe, seeds=range(seeds), steps=_numbers(steps), overrides=tuple(overrides or ()),
+        vary=tuple(vary or ()), out=out,
+    )  # fmt: skip
     Console().print(Markdown(markdown(found)))
 
 

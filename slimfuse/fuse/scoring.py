@@ -130,6 +130,11 @@ def cut_losses(asked: Subject, *, mended: bool = True) -> dict[str, list[float]]
             scores = fisher[name]
             curves.append(_cut(costs[name] * scores.sum() if mended else scores.sort().values))
         found[axis] = [sum(values) for values in zip(*curves, strict=True)]
+    group = layout.blocks[0].group_space
+    if group:  # query heads go with the key head that they share
+        per_key, heads = asked.atlas.spaces[group].size, found["num_attention_heads"]
+        every = range(per_key * (len(heads) - 1) + 1)
+        found["num_attention_heads"] = [heads[n // per_key] for n in every]
     return found
 
 

@@ -1,4 +1,7 @@
-"""`compare`: every method and control of a recipe at equal budgets, over several seeds."""
+"""`compare`: every method and control of a recipe at equal budgets, over several seeds.
+
+Or its ablations: the recipe with one key changed at a time.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 from slimfuse.errors import RecipeError, SlimfuseError, UserError
 from slimfuse.families import Shape
 from slimfuse.pipeline.common import ParentJob, Part
-from slimfuse.pipeline.contenders import ladder
+from slimfuse.pipeline.contenders import ablation, ladder, variations
 from slimfuse.pipeline.job import Job, prepare
 from slimfuse.pipeline.run import lock_text, prepare_again, quiet, write_lock
 from slimfuse.pipeline.shaping import pinned
@@ -45,7 +48,7 @@ class Entry:
 class Comparison:
     """Every contender's figures of the task's metric; own: the recipe's method among them.
 
-    refused: contenders that can't be made, and why.
+    refused: contenders that can't be made, and why; vary: the overrides of an ablation's rows.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Comparison:
     entries: tuple[Entry, ...]
     refused: dict[str, str]
     metric: Metric = ACCURACY
+    vary: tuple[str, ...] = ()
 
     def entry(self, name: str) -> Entry:
         """Return the line of this name, an empty one where it was refused."""
@@ -69,6 +73,7 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     steps: Sequence[int] | None = None,
     overrides: tuple[str, ...] = (),
+    vary: Sequence[str] = (),
     out: str | Path | None = None,
 ) -> Comparison:
     """Run a recipe's method beside all others and the controls, and write one table.
@@ -76,11 +81,16 @@ def compare(
     Every seed s trains the recipe's own parents anew (their seeds + 100·s), draws its own
     calibration samples and order of finetuning; `{seed}` in an override becomes the seed.
     steps: budgets of finetuning, the same teachers, data and rates for all (default: the
-    recipe's); the one-shot figures always stand beside them. Finished parts are kept in out
-    (default runs/NAME-compare), so that a killed run goes on where it stood. Raises UserError for
-    bad input.
+    recipe's); the one-shot figures always stand beside them.
+    vary: `KEY=V1,V2,…`: an ablation instead, with a row for the recipe as it is and one for each
+    value, of several options one key at a time. A row is the recipe with `--set KEY=VALUE` on the
+    same parents, seeds, test set and budgets; the target's shape is the recipe's, too, unless the
+    key is one of the target's.
+    Finished parts are kept in out (default runs/NAME-compare), so that a killed run goes on where
+    it stood. Raises UserError for bad input.
     """
     quiet()
+    names = variations(vary)
     path = Path(recipe)
     base = _comparable(load_located(path, _for_seed(overrides, seeds[0])))
     root = Path(out) if out is not None else Path("runs") / f"{base.name}-compare"
@@ -90,9 +100,11 @@ def compare(
     samples = 0
     metric = ACCURACY
     shape: Shape | None = None
+    shapes: dict[str, Shape] = {}
     for seed in seeds:
         loaded = load_located(path, _for_seed(overrides, seed))
         seeded = _seeded(_comparable(loaded), seed)
+        varied = {n: load_located(path, _for_seed((*overrides, n), seed)) for n in names}
         store = Store(root / f"seed-{seed}")
         store.check_ours()
         try:
@@ -104,16 +116,41 @@ def compare(
         shape = job.proposal.shape
         budgets = tuple(sorted({0, *(steps if steps is not None else (_steps(job),))}))
         samples, metric = job.count("test"), job.task.metric
+        variants = {n: _variant(one, n, seed, job, shapes) for n, one in varied.items()}
         torch.set_num_threads(job.threads)
         with store.lock():
             write_lock(lock_text(job), store)
-            own = _one_seed(job, seed, store, budgets, entries, refused)
+            own = _one_seed(job, seed, store, budgets, variants, entries, refused)
         done = tuple(seeds)[: seeds.index(seed) + 1]
         listed = tuple(entries.values())
-        result = Comparison(base.name, own, done, budgets, samples, listed, refused, metric)
-        write_text(root / "compare.json", json.dumps(asdict(result), indent=1) + "\n")
-        write_text(root / "compare.md", markdown(result))
+        result = Comparison(base.name, own, done, budgets, samples, listed, refused, metric, names)
+        file = "ablation" if names else "compare"
+        write_text(root / f"{file}.json", json.dumps(asdict(result), indent=1) + "\n")
+        write_text(root / f"{file}.md", markdown(result))
     return result
+
+
+def _variant(one: Located, name: str, seed: int, job: Job, shapes: dict[str, Shape]) -> Recipe:
+    """Return a seed's recipe of one row, with the shape that the first seed gave it (`shapes`).
+
+    What can be known to fail fails with the first seed, before any work.
+    """
+    recipe = _seeded(_comparable(one), seed)
+    if name not in shapes:
+        if recipe.target == job.recipe.target:
+            recipe = pinned(recipe, job.proposal.shape)
+        try:
+            made = prepare(recipe, job.path)
+        except UserError as error:
+            error.where = one.locate(error.where)
+            raise
+        if (made.data.fingerprint, made.data.test.labels.tobytes()) != (
+            job.data.fingerprint, job.data.test.labels.tobytes()
+        ):  # fmt: skip
+            what = "this row would be measured on other samples than the recipe"
+            raise UserError(what, where="--vary", got=name, allowed="one test set for all rows")
+        shapes[name] = made.proposal.shape
+    return pinned(recipe, shapes[name])
 
 
 def _comparable(loaded: Located) -> Recipe:
@@ -133,6 +170,7 @@ def _one_seed(
     seed: int,
     store: Store,
     budgets: Sequence[int],
+    variants: Mapping[str, Recipe],
     entries: dict[str, Entry],
     refused: dict[str, str],
 ) -> str:
@@ -155,20 +193,25 @@ def _one_seed(
         note(f"parent {name}", "parent", 0, value)
     if job.anchor is not None:
         note("anchor", "parent", 0, headline(stages, stages.outputs(job.anchor).test))
-    fused = {p.name: scores[p.name] for p in job.by_width}
-    best = next(p for p in job.by_width if p.name == metric.best(fused))
-    copy, untrained = stages.parent(best)[0].resolve(), _untrained(stages, best)
     recipe = pinned(job.recipe, job.proposal.shape)
-    contenders = ladder(recipe, best.name, str(copy), str(untrained))
+    if variants:
+        contenders = ablation(recipe, variants)
+    else:
+        fused = {p.name: scores[p.name] for p in job.by_width}
+        best = next(p for p in job.by_width if p.name == metric.best(fused))
+        copy, untrained = stages.parent(best)[0].resolve(), _untrained(stages, best)
+        contenders = ladder(recipe, best.name, str(copy), str(untrained))
     for contender in contenders:
         name = contender.name
         try:
             prepared = prepare(contender.recipe, job.path)
             for steps in budgets if contender.trains else (0,):
                 own = Stages(_trained_for(prepared, steps), store, shared)
+                if own.base != stages.base:  # a variant may see other training samples
+                    own.shared = {}
                 stage = own.finetune("fused") if steps else own.start(contender.start)
                 value = headline(own, own.evidence(stage))
-                note(name, "method" if contender.trains else "control", steps, value)
+                note(name, contender.kind, steps, value)
         except UserError as error:
             refused[name] = error.what if error.got is None else f"{error.what} ({error.got})"
         except (SlimfuseError, RuntimeError) as error:  # a failure is a figure, not the end
@@ -262,14 +305,22 @@ def markdown(result: Comparison) -> str:
     """Return the table: means over seeds ± half the 95 % interval, and each seed's figures."""
     first = result.entry(result.own)
     heads = [f"{b} steps" if b else "one-shot" for b in result.budgets]
+    if result.vary:
+        kind = "ablations"
+        last = "A row KEY=VALUE is the recipe with that key alone changed."
+    else:
+        kind = "methods and controls"
+        last = (
+            "The best parent is the best on the test set, which favours the methods that start "
+            "from it alone."
+        )
     lines = [
-        f"# {result.name}: methods and controls at equal budgets",
+        f"# {result.name}: {kind} at equal budgets",
         "",
         f"{_title(result.metric)}, {result.samples:,} test samples, seeds "
         f"{', '.join(map(str, result.seeds))}; ± is half the 95 % interval over seeds (Student's "
         f"t, wide for few seeds{WILSON if result.metric.key == 'accuracy' else ''}). Behind, "
-        f"the lead of `{first.name}`, paired by seed. The best parent is the best on the test set, "
-        "which favours the methods that start from it alone.",
+        f"the lead of `{first.name}`, paired by seed. {last}",
         "",
         f"| model | {' | '.join(heads)} |",
         f"| --- |{' --- |' * len(heads)}",

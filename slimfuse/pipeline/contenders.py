@@ -1,27 +1,42 @@
-"""Who takes part in a comparison: every method that fits the recipe, and the controls."""
+"""Who takes part in a comparison: every method that fits the recipe, and the controls.
+
+Or, in an ablation, the recipe with one key changed at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
+from slimfuse.errors import UserError
 from slimfuse.recipe import Method, Parent, Recipe
 
 AGAIN, UNTRAINED = "_again", "_untrained"  # no recipe's parent can have these names
+VARIED = ("data", "parents", "target", "fuse", "finetune", "runtime")
+ALIKE = {
+    "finetune.epochs": "all rows are trained for the same steps: see --steps",
+    "runtime.threads": "threads change no figure",
+}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to a start. trains: also finetuned, with every budget; else a one-shot control.
+    """One way to a start. All but controls are also finetuned, with every budget.
 
     start: the kind of start to ask the recipe's stages for.
     """
 
     name: str
     recipe: Recipe
-    trains: bool = True
+    kind: Literal["method", "control", "ablation"] = "method"
     start: str = "fused"
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is finetuned."""
+        return self.kind != "control"
 
 
 def ladder(recipe: Recipe, best: str, copy: str, untrained: str) -> list[Contender]:
@@ -32,8 +47,7 @@ def ladder(recipe: Recipe, best: str, copy: str, untrained: str) -> list[Contend
     can't be made of the recipe's parents are refused when they are prepared. Teachers are the
     recipe's own for all. Titles are the same whichever parent is the best.
     """
-    own = recipe.fuse.method
-    fused = list(recipe.fuse.parents or [p.name for p in recipe.parents])
+    own, fused = recipe.fuse.method, _fused(recipe)
     one = fused[0] if len(fused) == 1 else "best parent"
     found = [Contender(_title(own, fused), _changed(recipe, own, fused))]
     if len(fused) > 1 and own in ("refit", "gauge"):
@@ -47,16 +61,79 @@ def ladder(recipe: Recipe, best: str, copy: str, untrained: str) -> list[Contend
             found.append(Contender(_title(method, [one]), _changed(recipe, method, [best])))
     again = _changed(_with(recipe, AGAIN, copy), own, [best, AGAIN])
     random = _changed(_with(recipe, UNTRAINED, untrained), own, [UNTRAINED])
-    controls = []
-    if own in ("refit", "gauge"):
-        same = _changed(recipe, own, fused)
-        controls.append(Contender("random model + the same refit", same, False, "random-refit"))
     return [
         *found,
-        Contender(f"self-fusion of {one}", again, False),
-        Contender(f"{own}, random-weight parent", random, False),
-        *controls,
+        Contender(f"self-fusion of {one}", again, "control"),
+        Contender(f"{own}, random-weight parent", random, "control"),
+        *_refitted(recipe),
     ]
+
+
+def ablation(recipe: Recipe, variants: Mapping[str, Recipe]) -> list[Contender]:
+    """Return the recipe as it is, its variants by their names, and a refit's own control."""
+    rows = [Contender(name, _own(one), "ablation") for name, one in variants.items()]
+    title = _title(recipe.fuse.method, _fused(recipe))
+    return [Contender(title, _own(recipe)), *rows, *_refitted(recipe)]
+
+
+def variations(options: Sequence[str]) -> tuple[str, ...]:
+    """Return the overrides `KEY=VALUE` of options `KEY=V1,V2,…`, each once.
+
+    Commas in brackets or quotes part no values. Raises UserError for another form and for keys that
+    change nothing in a comparison; whether key and value are right is the recipe's matter.
+    """
+    found = []
+    for option in options:
+        key, equals, text = option.partition("=")
+        key, values = re.sub(r"\[([0-9]+)\]", r".\1", key.strip()), _values(text)
+        if not key or not equals or not all(values):
+            allowed = "KEY=VALUE,VALUE, as in fuse.units=cholesky,saliency"
+            raise UserError("not a key and its values", where="--vary", got=option, allowed=allowed)
+        top = key.partition(".")[0]
+        if key in ALIKE or (top in Recipe.model_fields and top not in VARIED):
+            raise UserError(
+                "no figure of a comparison can differ by this key",
+                where="--vary",
+                got=key,
+                allowed=f"a key of {', '.join(VARIED)}",
+                hint=ALIKE.get(key, "give it with --set, for all rows"),
+            )
+        found += [f"{key}={value}" for value in values]
+    return tuple(dict.fromkeys(found))
+
+
+def _values(text: str) -> list[str]:
+    """Return the values between the commas that stand in no bracket and no quotes."""
+    found, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        else:
+            depth += (character in "[{") - (character in "]}")
+        if character == "," and not depth and not quote:
+            found.append("")
+        else:
+            found[-1] += character
+    return [value.strip() for value in found]
+
+
+def _refitted(recipe: Recipe) -> list[Contender]:
+    """Return what the same refit makes of a random model, where the recipe refits."""
+    if recipe.fuse.method not in ("refit", "gauge"):
+        return []
+    name = "random model + the same refit"
+    return [Contender(name, _own(recipe), "control", "random-refit")]
+
+
+def _own(recipe: Recipe) -> Recipe:
+    """Return the recipe without its baselines."""
+    return _changed(recipe, recipe.fuse.method, _fused(recipe))
+
+
+def _fused(recipe: Recipe) -> list[str]:
+    return list(recipe.fuse.parents or [p.name for p in recipe.parents])
 
 
 def _title(method: str, fused: Sequence[str]) -> str:

@@ -55,7 +55,8 @@ def prepare(recipe: Recipe, path: Path) -> Job:
 
     path: the recipe's file; relative paths in it are looked up beside it, then in the current
     folder. Raises ParentError, DataError or ShapeError; nothing has been written by then. A
-    latency budget is measured here, with models of random weights.
+    latency budget is measured here, with models of random weights; allocation by saliency scores
+    the largest parent.
     """
     family, task = family_of(recipe.family, recipe.task), task_of(recipe)
 
@@ -108,7 +109,8 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     places = _places(task, configs, opened.data)
     for folder in folders.values():
         family.load(folder)  # strict, and sees a file that was cut off
-    proposal = propose_shape(recipe, configs, family, opened)
+    threads = recipe.runtime.threads or cores()
+    proposal = propose_shape(recipe, configs, family, opened, saved, threads)
     target = proposal.config
     if task.labelled:
         target = task.marked(with_labels(target, configs, opened.data))
@@ -122,7 +124,7 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     anchor = _anchor(recipe, home, family, task, opened, target)
     job = Job(
         recipe, path, family, task, opened.data, opened.preprocessor, parents, anchor, target,
-        recipe.runtime.threads or cores(), best_of(recipe.runtime.precision), opened, proposal,
+        threads, best_of(recipe.runtime.precision), opened, proposal,
     )  # fmt: skip
     check_methods(recipe, job.by_width, target, family, anchor)
     check_teachers(recipe, job.teachers, target)

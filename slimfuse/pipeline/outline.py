@@ -50,6 +50,14 @@ def make_outline(recipe: AnyRecipe, path: Path) -> Plan:
             hint=f"budget params or flops, or {WHOLE}",
         )
     family = family_of(recipe.family, recipe.task)
+    if budget is not None and budget.allocation == "saliency":
+        raise ShapeError(
+            "saliency is of a parent's weights, which an outline doesn't read",
+            where="target.budget.allocation",
+            got=budget.allocation,
+            allowed="proportional",
+            hint=f"set it to proportional, or {WHOLE}",
+        )
     saved = _saved(recipe, family, path.parent)
     opened = _Pictures if recipe.family in IMAGE_FAMILIES else _Texts
     samples = opened(recipe, family, saved)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from slimfuse import __version__
 from slimfuse.data import Split
-from slimfuse.data.base import draw
 from slimfuse.families.pretrained import begin
 from slimfuse.finetune.distill import Fetch, distillation_loss, labels_loss
 from slimfuse.finetune.loop import Schedule, fit, steps_of
 from slimfuse.fuse.union import Parent
+from slimfuse.pipeline.calibration import calibration
 from slimfuse.pipeline.common import BaseJob, ParentJob, Part
 from slimfuse.pipeline.fusion_record import save_fusion
 from slimfuse.pipeline.job import Job
@@ -245,17 +245,12 @@ class BaseStages(ABC):
         return self.job.task.samples(split, self.job.processor, uniform=uniform)
 
     def calibration(self) -> tuple[Samples, tuple[Tensor, ...]]:
-        """Return samples of one size, and in batches the indices of those for calibration.
-
-        Of joined texts they are whole blocks of the training set, else a draw of its samples.
-        """
+        """Return samples of one size, and in batches the indices of those for calibration."""
         spec, size = self.recipe.data.calibration, self.recipe.fuse.batch_size
-        if self.job.task.joins:
-            samples = self.samples("train")
-            drawn = torch.from_numpy(draw(len(samples), spec.samples, spec.seed))
-            return samples, drawn.split(size)
-        samples = self.prepared(self.job.data.train.sample(spec.samples, spec.seed), uniform=True)
-        return samples, torch.arange(len(samples)).split(size)
+        job = self.job
+        return calibration(
+            job.task, job.data.train, job.processor, spec, size, lambda: self.samples("train")
+        )
 
     def _fetch(self, samples: Samples, kinds: Sequence[Augmentation]) -> Fetch:
         return lambda indices: self.job.task.examples(samples, indices, kinds)

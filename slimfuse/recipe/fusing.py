@@ -50,20 +50,31 @@ class Budget(Strict):
     free: Distinct[Axis] = Field(
         ("hidden_size", "intermediate_size"), description="The sizes that may shrink to keep it."
     )
+    allocation: Literal["proportional", "saliency"] = Field(
+        "proportional",
+        description="How the free sizes share the cut: all by one share of the largest parent's, "
+        "or each where least is lost by it, by that parent's mask Fisher on data.calibration, "
+        "without labels; it must be saved (from).",
+    )
 
     @classmethod
     def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
-        """Demand exactly one kind of budget."""
+        """Demand exactly one kind of budget, and sizes among which it can be allocated."""
         kinds = ("params", "flops", "latency_ratio")
         given = [key for key in kinds if raw.get(key) is not None]
-        if len(given) == 1:
-            return []
-        if not given:
-            return [Finding((), f"missing key: needs one of {', '.join(kinds)}")]
-        return [
+        findings = [
             Finding((key,), f"stands beside {given[0]!r}", allowed="one of them")
             for key in given[1:]
         ]
+        if not given:
+            findings.append(Finding((), f"missing key: needs one of {', '.join(kinds)}"))
+        free = raw.get("free", ("hidden_size", "intermediate_size"))
+        if raw.get("allocation") != "saliency" or not isinstance(free, list | tuple):
+            return findings
+        if len(free) < 2 or set(map(str, free)) == {"hidden_size", "num_attention_heads"}:
+            allowed = "with two free sizes or more; heads fall with a free hidden_size"
+            findings.append(Finding(("allocation",), "has nothing to share out", allowed=allowed))
+        return findings
 
 
 class Target(Strict):

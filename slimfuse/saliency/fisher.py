@@ -31,12 +31,19 @@ from slimfuse.saliency.patterns import UNSTRUCTURED, Layer, Pattern
 T = TypeVar("T")
 R = TypeVar("R")
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over processes, as an all-reduce does."""
+"""Sums a tensor over processes, as an all-reduce does; it may do so in place."""
 
 MEMORY = 2 << 30
 HELD = 32  # gradients that wait for one product: a Gram is read and written once for all of them
 CACHE = 1 << 18  # numbers that one step of the linear algebra works on: they stay in the cache
 SERIAL = 1 << 15  # from here on torch would split a step's elementwise work among threads itself
+
+
+def agreed(value: int, reduce: Reduce) -> bool:
+    """Say whether all processes have one value (from 0, below 2³²); all get the same answer."""
+    count, total = reduce(torch.tensor([1, value], dtype=torch.float64)).tolist()
+    alike = torch.tensor([total == count * value], dtype=torch.float64)  # of ranks at the mean
+    return bool(reduce(alike) == count)
 
 
 def sweep(
@@ -152,7 +159,7 @@ class Sums:
         block, blocks = self.part.block, self.part.stop - self.part.start
         if self._gram is None:
             self._gram = self._held[0].new_zeros(blocks, block, block)
-        step = max(1, 2 * CACHE // (block * sum(map(len, self._held))))
+        step = max(1, 2 * CACHE // (block * max(1, sum(map(len, self._held)))))
         for start in range(0, blocks, step):
             cut = self._cut(slice(start, start + step)).contiguous()
             self._gram[start : start + step].baddbmm_(cut.mT, cut)
@@ -246,6 +253,10 @@ def accumulate(
                     if own.part.layer == layer:
                         own.add(rows)
             tell(done)
+    parameters = dict(model.named_parameters())
     for own in sums.values():
+        if reduce is not None:  # a process that saw no batch adds noughts
+            layer = own.part.layer
+            own.add(parameters[layer.name].new_zeros(0, layer.size))
         own.finish(reduce)
     return sums

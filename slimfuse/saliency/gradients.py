@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,26 @@ BatchLoss = Callable[[nn.Module, T], Tensor]
 """The mean loss of a model on one micro-batch, whose gradient is one sample of the Fisher."""
 Batches = Callable[[], Iterable[T]]
 """Gives the same micro-batches each time it is called."""
+
+
+@dataclass(frozen=True)
+class Share(Generic[T]):
+    """Every `of`-th of all micro-batches from place `index` on: what one of several processes sees.
+
+    They keep their places among all, so that what is drawn for them doesn't depend on `of`.
+    """
+
+    batches: Iterable[T]
+    index: int
+    of: int
+
+    def numbered(self) -> Iterator[tuple[int, T]]:
+        """Yield the micro-batches with their places among all."""
+        return islice(enumerate(self.batches), self.index, None, self.of)
+
+    def __iter__(self) -> Iterator[T]:
+        """Yield the micro-batches."""
+        return (batch for _, batch in self.numbered())
 
 
 def drawn(logits: Callable[[nn.Module, T], Tensor]) -> BatchLoss[T]:
@@ -55,8 +77,9 @@ def gradients(
     """
     parameters = dict(model.named_parameters())
     wanted = {name: parameters[name] for name in names}
+    numbered = batches.numbered() if isinstance(batches, Share) else enumerate(batches)
     with _ready(model, wanted):
-        for index, batch in enumerate(batches):
+        for index, batch in numbered:
             with _seeded(seed * 1_000_003 + index):
                 if per_sample:
                     found = _vectorised(model, loss, batch, wanted)

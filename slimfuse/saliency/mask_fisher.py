@@ -59,24 +59,41 @@ def _whole(found: Tensor | None, samples: int, site: Site) -> Tensor:
 
 def _mean(subject: Subject, of: Callable[[Tensor], Tensor]) -> Scores:
     """Return the mean over all samples of a function of their gradients."""
-    totals: Scores = {}
+    totals = gathered(
+        (name, nought[0])
+        for site in sites(subject.atlas, subject.layout)
+        for name, nought in site.split(_whole(None, 1, site))
+    )
     count = 0
     for part in mask_gradients(subject):
         for name, values in part.items():
-            totals[name] = totals.get(name, 0) + of(values).sum(0)
+            totals[name] += of(values).sum(0)
         count += len(next(iter(part.values())))
+    means = _over_all(subject, torch.cat(list(totals.values())), count)
+    return dict(zip(totals, means.split([len(v) for v in totals.values()]), strict=True))
+
+
+def _over_all(subject: Subject, totals: Tensor, count: int) -> Tensor:
+    """Return sums over samples divided by their number, over all processes if there are several."""
+    if subject.reduce is not None:
+        told = subject.reduce(torch.cat([totals.flatten(), totals.new_tensor([count])]))
+        totals, count = told[:-1].view_as(totals), round(float(told[-1]))
     if not count:
         raise UserError("there is no sample to take gradients of", where="saliency")
-    return {name: total / count for name, total in totals.items()}
+    return totals / count
 
 
-@scorer("mask-fisher", reads="gradients", source="Kwon et al. 2022, arXiv 2204.09656, eq. 7-9")
+FISHER = "Kwon et al. 2022, arXiv 2204.09656, eq. 7-9"
+TAYLOR = "Michel et al. 2019, arXiv 1905.10650, eq. 2"
+
+
+@scorer("mask-fisher", reads="gradients", source=FISHER, sums=True)
 def mask_fisher(subject: Subject) -> Scores:
     """Return E_n (∂L_n/∂mask)²."""
     return _mean(subject, torch.square)
 
 
-@scorer("taylor", reads="gradients", source="Michel et al. 2019, arXiv 1905.10650, eq. 2")
+@scorer("taylor", reads="gradients", source=TAYLOR, sums=True)
 def taylor(subject: Subject) -> Scores:
     """Return E_n |∂L_n/∂mask|, the first-order change of every sample's loss."""
     return _mean(subject, torch.abs)
@@ -97,4 +114,5 @@ def branches(subject: Subject) -> tuple[Tensor, Tensor]:
         whole = torch.stack([torch.stack([part[a].sum(1) for a in pair]) for pair in axes])
         total += whole.square().sum(2)
         count += whole.shape[2]
-    return total[:, 0] / max(count, 1), total[:, 1] / max(count, 1)
+    attention, mlp = _over_all(subject, total, count).unbind(1)
+    return attention, mlp

@@ -20,6 +20,7 @@ from slimfuse.saliency.fisher import (
     Reduce,
     Sums,
     accumulate,
+    agreed,
     plan,
     sweep,
 )
@@ -32,6 +33,8 @@ from slimfuse.saliency.sparsify_state import (
     LayerRecord,
     State,
     StepRecord,
+    check_alike,
+    content,
     fingerprint,
     noise_of,
     restore,
@@ -67,6 +70,7 @@ def sparsify(
     between: Between | None = None,
     checkpoint: Path | None = None,
     reduce: Reduce | None = None,
+    main: bool = True,
 ) -> Sparsified:
     """Prune `model` in place and return its masks with a record of every layer.
 
@@ -77,9 +81,10 @@ def sparsify(
     between: called after every step but the last, to train. checkpoint: a safetensors file, written
     as layers are done; if it exists the work goes on from it and ends with the same bytes; the
     last one is left for the caller to remove. reduce: sums a tensor over processes that see
-    different batches. Raises UserError, and ShapeError for layers that don't fit the pattern.
+    different batches; main: whether this one writes the checkpoint, which all of them read; see
+    `parallel`. Raises UserError, and ShapeError for layers that don't fit the pattern.
     """
-    run = _Run(model, loss, batches, spec, layers, per_sample, reduce, checkpoint)
+    run = _Run(model, loss, batches, spec, layers, per_sample, reduce, checkpoint, main)
     state = run.begin(masks)
     while state.step < spec.steps:
         run.step(cubic(state.step + 1, spec.steps, spec.initial, spec.final))
@@ -128,10 +133,12 @@ class _Run(Generic[T]):
         per_sample: bool,
         reduce: Reduce | None,
         checkpoint: Path | None,
+        main: bool = True,
     ) -> None:
         self.model, self.loss, self.batches, self.spec = model, loss, batches, spec
         self.layers = list(prunable(model) if layers is None else layers)
-        self.per_sample, self.reduce, self.checkpoint = per_sample, reduce, checkpoint
+        self.per_sample, self.reduce = per_sample, reduce
+        self.checkpoint, self.main = checkpoint, main
         self.pattern, self.scorer = spec.pattern, WEIGHT_SCORERS[spec.scorer]
         self.pattern.check(self.layers)
         self.parameters = dict(model.named_parameters())
@@ -143,6 +150,8 @@ class _Run(Generic[T]):
         if self.scorer.needs == "none" and self.spec.updating == "none":
             return 0, None
         samples = count_rows(self.batches(), per_sample=self.per_sample)
+        if self.reduce is not None:  # a process may have none
+            samples = round(float(self.reduce(torch.tensor([samples], dtype=torch.float64))))
         if not samples:
             raise UserError("there is no batch to take gradients of", where=self.spec.scorer)
         if self.scorer.needs != "block" and self.spec.updating == "none":
@@ -155,8 +164,8 @@ class _Run(Generic[T]):
 
     def begin(self, masks: Masks | None) -> State:
         """Set the state, by the checkpoint if there is one, and return it."""
-        found = self.checkpoint and restore(self.checkpoint, self.model, self.layers, self.digest)
-        if not found:
+        found = self._restored()
+        if found is None:
             if masks is not None:
                 masks.apply(self.model)
             kept = {}
@@ -168,6 +177,16 @@ class _Run(Generic[T]):
         self.state = found
         return found
 
+    def _restored(self) -> State | None:
+        """Return the checkpoint's state, if all processes read the same."""
+        if self.reduce is not None and not agreed(content(self.checkpoint), self.reduce):
+            return None
+        path = self.checkpoint
+        found = path and restore(path, self.model, self.layers, self.digest)
+        if self.reduce is not None:
+            agreed(0, self.reduce)  # none goes on to write while another reads
+        return found or None
+
     def step(self, share: float) -> None:
         """Prune to a share of zeros."""
         chosen: dict[str, Tensor] = {}
@@ -176,6 +195,8 @@ class _Run(Generic[T]):
             kept = self._choose(passes, share)
             self._update(passes, kept, sums)
             chosen |= kept
+        if self.reduce is not None:
+            check_alike([*chosen.values(), *self.state.new.values()], self.reduce)
         self.save(now=True)  # the model is still the one that the parts were made from
         for layer in self.layers:
             new = self.pattern.back(layer, self.joined(self.state.new, layer))
@@ -361,7 +382,7 @@ class _Run(Generic[T]):
     def save(self, *, now: bool = False) -> None:
         """Write the checkpoint, if there is to be one and the last is old."""
         old = time.monotonic() - self.saved >= CHECKPOINT_SECONDS
-        if self.checkpoint is not None and (now or old):
+        if self.checkpoint is not None and self.main and (now or old):
             self.state.save(self.checkpoint, self.model, self.digest)
             self.saved = time.monotonic()
 

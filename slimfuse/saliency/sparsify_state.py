@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from slimfuse.errors import SlimfuseError
+from slimfuse.saliency.fisher import Reduce, agreed
 from slimfuse.saliency.masks import pack, read_tensors, unpack, write_tensors
 from slimfuse.saliency.patterns import Layer
 
@@ -111,6 +113,26 @@ def restore(path: Path, model: nn.Module, layers: Sequence[Layer], digest: str) 
         [LayerRecord(**r | {"shape": tuple(r["shape"])}) for r in told["layers"]],
         [StepRecord(**r) for r in told["records"]],
     )  # fmt: skip
+
+
+def content(path: Path | None) -> int:
+    """Return a number below 2³² that tells a file's content, 0 where there is none."""
+    if path is None or not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:4], "big")
+
+
+def check_alike(tensors: Iterable[Tensor], reduce: Reduce) -> None:
+    """Raise SlimfuseError in all processes where not all have the same bytes."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    if not agreed(int.from_bytes(found.digest()[:4], "big"), reduce):
+        raise SlimfuseError(
+            "processes decided differently about the same sums",
+            hint="give all one model, one spec and as many threads, on machines of one kind",
+        )
 
 
 def fingerprint(*parts: object) -> str:

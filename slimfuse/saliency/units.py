@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from slimfuse.batch import Inputs
 from slimfuse.errors import UserError
 from slimfuse.families import Layout
+from slimfuse.saliency.fisher import Reduce
 from slimfuse.spaces import Atlas
 from slimfuse.transport import masses as masses_of
 
@@ -50,7 +51,10 @@ PER_PASS = 4_096  # tokens of one backward pass, which keeps every activation
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in evaluation mode, its legs and places, what it is asked and how answers count."""
+    """A model in evaluation mode, its legs and places, what it is asked and how answers count.
+
+    reduce: sums a tensor over processes whose examples differ; for scorers that are sums.
+    """
 
     model: nn.Module
     atlas: Atlas
@@ -58,6 +62,7 @@ class Subject:
     examples: Examples = tuple
     loss: Loss | None = None
     seed: int = 0
+    reduce: Reduce | None = None
 
     def batches(self) -> Iterator[tuple[Inputs, Tensor | None]]:
         """Yield the batches with their labels, None where there are none."""
@@ -84,23 +89,29 @@ Scorer = Callable[[Subject], Scores]
 
 @dataclass(frozen=True)
 class Known:
-    """A scorer by its name: what it reads, and where it comes from."""
+    """A scorer by its name: what it reads, and where it comes from.
+
+    sums: whether what it reads is summed over processes.
+    """
 
     name: Name
     reads: Reads
     source: str
     scorer: Scorer
+    sums: bool = False
 
 
 SCORERS: dict[str, Known] = {}
 
 
-def scorer(name: Name, *, reads: Reads, source: str) -> Callable[[Scorer], Scorer]:
+def scorer(
+    name: Name, *, reads: Reads, source: str, sums: bool = False
+) -> Callable[[Scorer], Scorer]:
     """Register a scorer under a name."""
     assert name in get_args(Name), name
 
     def register(function: Scorer) -> Scorer:
-        SCORERS[name] = Known(name, reads, source, function)
+        SCORERS[name] = Known(name, reads, source, function, sums)
         return function
 
     return register
@@ -118,6 +129,14 @@ def score(name: str, subject: Subject) -> Scores:
         )
     if known.reads == "gradients" and subject.loss is None:
         raise UserError(f"saliency {name} needs a loss", where="saliency", allowed="see losses")
+    able = [k.name for k in SCORERS.values() if k.sums or k.reads in ("weights", "nothing")]
+    if subject.reduce is not None and name not in able:
+        raise UserError(
+            "this saliency isn't summed over processes",
+            where="saliency",
+            got=name,
+            allowed=", ".join(able),
+        )
     found = known.scorer(subject)
     for space, values in found.items():
         if not bool(values.isfinite().all()):

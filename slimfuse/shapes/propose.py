@@ -184,6 +184,8 @@ def _fit(
         ]
         if gains:
             draft.notes.append(f"budget: what a coarse step left goes to {_listed(gains)}.")
+        if losses is not None:
+            draft.notes.append(_allocation_note(wish, budget, start, shape, meter))
         floors = [a for a in wish.shrinking if getattr(shape, a) == getattr(rungs[-1], a)]
         if floors and losses is None:
             draft.notes.append(
@@ -208,6 +210,25 @@ def _fit(
             got = _amount(budget, meter.amount(budget.kind, other))
             draft.refused[other] = Refusal(other, budget.kind, got, allowed, "over the budget")
     return shape, [s for s in alternatives if s != shape]
+
+
+def _allocation_note(wish: Wish, budget: Budget, start: Shape, shape: Shape, meter: Meter) -> str:
+    """Return what stays of each free size, beside what would if all kept one share.
+
+    Where the budget is a latency, which would have to be measured, that shape has as many FLOPs.
+    """
+    top, level = meter.top, budget
+    if budget.kind == "latency_ratio":
+        level = Budget("flops", meter.flops(shape))
+    rungs = ladder(start, wish.shrinking, meter)
+    found = largest(rungs, level, meter)
+    stays = {a: f"{a} {getattr(shape, a) / getattr(top, a):.3f}" for a in wish.shrinking}
+    if found is None:
+        return f"budget: share of the parent's that stays: {', '.join(stays.values())}."
+    other = rungs[found] if found == 0 else _fill(wish, level, start, rungs[found], meter)
+    parts = [f"{text} ({getattr(other, a) / getattr(top, a):.3f})" for a, text in stays.items()]
+    beside = "a proportional shape" + ("" if level is budget else " of as many FLOPs")
+    return f"budget: share of the parent's that stays, beside {beside}: {', '.join(parts)}."
 
 
 def _fill(wish: Wish, budget: Budget, start: Shape, shape: Shape, meter: Meter) -> Shape:
