@@ -10,11 +10,13 @@ import slimfuse.compat  # noqa: F401 - before anything that might import torchvi
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from slimfuse.pipeline import Comparison, Run, compare, compress, plan
+    from slimfuse.pipeline import Comparison, Run, compare, compress, plan, sparsify
     from slimfuse.stock import verify
 
 __version__ = "0.1.0"
-__all__ = ["Comparison", "Run", "__version__", "compare", "compress", "plan", "verify"]
+__all__ = [
+    "Comparison", "Run", "__version__", "compare", "compress", "plan", "sparsify", "verify",
+]  # fmt: skip
 
 _HOMES = {
     "Comparison": "slimfuse.pipeline",
@@ -22,6 +24,7 @@ _HOMES = {
     "compare": "slimfuse.pipeline",
     "compress": "slimfuse.pipeline",
     "plan": "slimfuse.pipeline",
+    "sparsify": "slimfuse.pipeline",
     "verify": "slimfuse.stock",
 }
 

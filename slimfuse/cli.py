@@ -15,6 +15,7 @@ from slimfuse.errors import SlimfuseError, UserError
 from slimfuse.progress import console, working
 
 if TYPE_CHECKING:
+    from slimfuse.pipeline import Run
     from slimfuse.recipe import RecipeInfo
 
 INTERRUPTED = 130
@@ -51,13 +52,50 @@ def options(
 @app.command()
 def compress(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
     """Run a recipe: parents in, one narrower model with its report out."""
-    from rich.console import Console
-
     with working("starting"):  # torch takes seconds
         from slimfuse.pipeline import compress as run_recipe
+
+    _show(run_recipe(recipe, overrides=tuple(overrides or ()), out=out))
+
+
+@app.command()
+def sparsify(
+    recipe: RecipePath,
+    parent: Annotated[
+        str | None, typer.Option(help="Name of the parent to prune (default: the first).")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of zeros, 0 to 1 (default: the recipe's, or 0.8).")
+    ] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="What chooses them, as woodfisher or magnitude.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Which go together: unstructured, 2:4, 4x1.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the schedule.")] = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The run folder (default runs/NAME-sparse).")
+    ] = None,
+) -> None:
+    """Prune one parent of a recipe at its own shape: zeros in, the same report and files out."""
+    with working("starting"):
+        from slimfuse.pipeline import sparsify as prune
+
+    run = prune(
+        recipe, parent=parent, sparsity=sparsity, scorer=scorer, pattern=pattern, steps=steps,
+        overrides=tuple(overrides or ()), out=out,
+    )  # fmt: skip
+    _show(run)
+
+
+def _show(run: Run) -> None:
+    """Print what a finished run found, and exit with 3 where a gate failed."""
+    from rich.console import Console
+
     from slimfuse.report import console_table
 
-    run = run_recipe(recipe, overrides=tuple(overrides or ()), out=out)
     stdout = Console(highlight=False)
     stdout.print(console_table(run.report, width=stdout.width))
     for gate in run.report.gates:

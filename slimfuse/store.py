@@ -24,7 +24,8 @@ LOCK, LOG = "recipe.lock.yaml", "log.jsonl"
 RESULTS = ("report.json", "report.html", "model")
 KEY_LENGTH = 16
 CHECKPOINT = "checkpoint.safetensors"
-"""The one file of an unfinished stage that the next run may go on from."""
+CHECKPOINTS = "checkpoint*.safetensors"
+"""The files of an unfinished stage that the next run may go on from; most have only the first."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (
@@ -52,7 +53,7 @@ class Store:
 
     A stage is built in `stages/NAME-KEY.partial` and renamed when it is whole, so a folder
     without that suffix is finished by construction. Of what a killed run left in the partial
-    folder only a checkpoint stays for the next one, which may go on from it.
+    folder only checkpoints stay for the next one, which may go on from them.
     """
 
     def __init__(self, root: Path) -> None:
@@ -87,19 +88,21 @@ class Store:
         if manifest is None:
             start = time.monotonic()
             with writing(self.root):
-                partial = _emptied(final.with_name(final.name + ".partial"), keep=CHECKPOINT)
+                partial = _emptied(final.with_name(final.name + ".partial"), keep=CHECKPOINTS)
                 self.log(name, "start", key=key)
                 build(partial)
+                checkpoints = list(partial.glob(CHECKPOINTS))
                 files = {
                     f.relative_to(partial).as_posix(): file_digest(f)
                     for f in _files(partial)
-                    if f != partial / CHECKPOINT
+                    if f not in checkpoints
                 }
                 seconds = round(time.monotonic() - start, 3)
                 manifest = {"inputs": inputs, "files": files, "seconds": seconds}
                 write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
                 _sync(partial)
-                (partial / CHECKPOINT).unlink(missing_ok=True)  # so late: a kill loses no training
+                for file in checkpoints:
+                    file.unlink()  # so late: a kill loses no training
                 partial.rename(final)
             self.log(name, "done", key=key, seconds=seconds)
         else:
@@ -231,10 +234,10 @@ def _below(error: OSError, where: Path) -> bool:
 
 
 def _emptied(folder: Path, *, keep: str | None = None) -> Path:
-    """Return `folder`, existing, with nothing in it but the file `keep`."""
+    """Return `folder`, existing, with nothing in it but files whose names are like `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.iterdir():
-        if entry.name != keep:
+        if keep is None or not entry.match(keep):
             _remove(entry)
     return folder
 

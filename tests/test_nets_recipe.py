@@ -200,7 +200,9 @@ def test_shipped_recipes_on_digits_have_a_plan() -> None:
             [
                 "parents[1].pruned: stands beside 'train'; allowed: one of the two",
                 "parents[1].name: is the name of a report row; got: 'vanilla'; allowed: any but "
-                "fused, finetuned, onnx, onnx-int8, random-start, anchor, ot, vanilla, unfused",
+                "fused, finetuned, onnx, onnx-int8, random-start, anchor, ot, vanilla, unfused, "
+                "sparse, sparse-woodfisher, sparse-woodtaylor, sparse-diagonal-fisher, "
+                "sparse-magnitude, sparse-random",
                 "fuse.anchor: missing key: needs one of 'parent', 'from', 'train'",
                 "finetune.distill.teachers[1]: no such parent; got: 'b'; allowed: a, vanilla, slim",
             ],

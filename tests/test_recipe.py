@@ -54,7 +54,7 @@ target:
 """
 TOP_KEYS = (
     "baselines, bench, data, export, family, finetune, fuse, gates, name, parents, runtime, "
-    "target, task, version"
+    "sparsify, target, task, version"
 )
 FUSE_KEYS = (
     "alignment, batch_size, heads, layers, method, ot, parent_weights, parents, refit, ridge, "
@@ -231,7 +231,9 @@ def test_the_recipe_imports_no_torch() -> None:
         ("name: b", "name: a", "10: parents[1].name: is the name of parents[0] already; got: 'a'"),
         ("name: b", "name: onnx-int8", "10: parents[1].name: is the name of a report row; "
          "got: 'onnx-int8'; allowed: any but fused, finetuned, onnx, onnx-int8, random-start, "
-         "anchor, refit, gauge, ot, intra, vanilla, select, subclone, random-refit"),
+         "anchor, refit, gauge, ot, intra, vanilla, select, subclone, keep, random-refit, sparse, "
+         "sparse-woodfisher, sparse-woodtaylor, sparse-diagonal-fisher, sparse-magnitude, "
+         "sparse-random"),
         ("from: some/model", "from: ~bob/model", "9: parents[0].from: not a usable path; "
          "got: '~bob/model'; allowed: a path without another user's home (~user)"),
         ("from: some/model", 'from: "a\\0b"', "9: parents[0].from: not a usable text; "
@@ -289,7 +291,7 @@ def test_the_recipe_imports_no_torch() -> None:
          "16: fuse.layers[0][1]: out of range; got: -1; allowed: integer >= 0"),
         ("target:", "baselines: [random, randm]\ntarget:",
          "16: baselines[1]: unknown value; did you mean 'random'? got: 'randm'; "
-         "allowed: refit, gauge, ot, intra, vanilla, select, subclone, random, random-refit"),
+         "allowed: refit, gauge, ot, intra, vanilla, select, subclone, keep, random, random-refit"),
         ("hidden_size: 0.5", "hidden_size: null", "16: target: no size is given; "
          "allowed: one of hidden_size, num_attention_heads, intermediate_size, num_hidden_layers, "
          "or budget"),
@@ -631,7 +633,7 @@ def test_the_schema_describes_every_key() -> None:
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert undescribed(schema) == []
     parts = objects(schema)
-    assert len(parts) == len(schema["$defs"]) == 29
+    assert len(parts) == len(schema["$defs"]) == 31
     assert schema["oneOf"] == [{"$ref": "#/$defs/Recipe"}, {"$ref": "#/$defs/NetRecipe"}]
     assert all(part["additionalProperties"] is False and part["description"] for part in parts)
     needed = ["version", "name", "family", "task", "data", "parents"]

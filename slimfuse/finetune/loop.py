@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,19 @@ Loss = Callable[[nn.Module, Tensor], Tensor]
 CHECKPOINT_SECONDS = 60.0
 MAX_GRAD_NORM = 1.0
 POOL = 50  # batches whose samples are sorted by length at a time
+
+
+class Zeros(Protocol):
+    """Weights that are zero and stay so."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Set them to zero."""
+
+    def apply_gradients(self, model: nn.Module) -> None:
+        """Set their gradients to zero."""
+
+    def holding(self, model: nn.Module) -> Callable[[], None]:
+        """Return what sets them to zero again."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +82,14 @@ def fit(
     checkpoint: Path,
     what: str,
     lengths: Tensor | None = None,
+    zeros: Zeros | None = None,
 ) -> list[float]:
     """Train `model` in place and return the loss of every step.
 
     loss: called with the model and the indices (batch,) of the samples of one step.
     lengths: of the samples (samples,), where they differ; None: all are of one length.
+    zeros: weights that no step may bring back; their gradients don't count in the norm that is
+    clipped, nor in the optimizer's moments, and the averaged weights have them, too.
     checkpoint: a safetensors file, written every minute and on Ctrl-C, which waits for the end of
     the step; if it exists, training goes on from it and ends with the same weights as an
     undisturbed run, because the order of the samples and the random numbers of a step depend on
@@ -85,6 +101,8 @@ def fit(
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     device = accelerator.device.type
     model.to(accelerator.device).train()
+    if zeros is not None:
+        zeros.apply(model)
     if not schedule.dropout:
         _without_dropout(model)
     optimizer = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.lr)
@@ -96,6 +114,7 @@ def fit(
     history: list[float] = []
     if checkpoint.exists():
         history = _restore(checkpoint, model, optimizer, average)
+    hold = None if zeros is None else zeros.holding(model)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     saved = time.monotonic()
     updating, buffers = False, list[Tensor]()  # those from before an unfinished step
@@ -129,9 +148,13 @@ def fit(
                     hint="lower the learning rate, or set runtime.precision: fp32",
                 )
             accelerator.backward(value)
+            if zeros is not None:
+                zeros.apply_gradients(model)
             accelerator.clip_grad_norm_(wrapped.parameters(), MAX_GRAD_NORM)
             updating = True
             optimizer.step()
+            if hold is not None:
+                hold()
             optimizer.zero_grad()
             if average is not None:
                 average.update_parameters(model)

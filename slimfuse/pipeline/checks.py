@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from slimfuse.data import DataSet
 from slimfuse.errors import DataError, ParentError, ShapeError
@@ -18,6 +20,19 @@ if TYPE_CHECKING:
 AVERAGING = ("vanilla", "gauge", "ot")
 REFITTING = ("refit", "random-refit")
 COPYING = ("subclone", "select", "intra")
+
+
+def measured_by(recipe: Recipe, configs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parents whose sizes the target's are measured by: all, by their names.
+
+    Of method keep with an empty target the one that is kept.
+    """
+    sizes = recipe.target.model_dump().values()
+    if recipe.fuse.method != "keep" or any(size is not None for size in sizes):
+        return configs
+    fused = recipe.fuse.parents or list(configs)
+    name = next(name for name in configs if name in fused)
+    return {name: configs[name]}
 
 
 def check_methods(
@@ -41,6 +56,9 @@ def check_methods(
             _check_size(parents, target, family)
         if method in COPYING:
             _check_copy(method, where, parents, target, family)
+        if method == "keep":
+            names = [p.name for p in recipe.parents]
+            _check_kept(min(parents, key=lambda p: names.index(p.name)), where, target, family)
     if recipe.fuse.layers is not None and {m for _, m in used} & {*REFITTING, "gauge"}:
         _check_layers(recipe.fuse.layers, parents, target, family)
 
@@ -114,7 +132,8 @@ def _check_layers(
 
 def check_teachers(recipe: Recipe, teachers: Sequence[ParentJob], target: Any) -> None:
     """Demand that the teachers know all classes together, where they teach; raises ParentError."""
-    if recipe.finetune.epochs > 0:
+    recovery = recipe.sparsify.epochs if recipe.sparsify is not None else None
+    if recipe.finetune.epochs > 0 or recovery:
         _check_cover("finetune.distill.teachers", "finetuning", teachers, target)
 
 
@@ -195,6 +214,31 @@ def _check_copy(
             "classes, in its order",
             where=where,
             got=_classes(first, target),
+            hint="use method: refit, which unites parents of other classes",
+        )
+
+
+def _check_kept(parent: ParentJob, where: str, target: Any, family: Family) -> None:
+    """Demand that the target takes the parent's weights as they are."""
+    with torch.device("meta"):
+        have, want = (family.build(c).state_dict() for c in (parent.config, target))
+    shapes = [{name: tuple(t.shape) for name, t in state.items()} for state in (have, want)]
+    if shapes[0] != shapes[1] and _whole(parent, target):
+        own, wanted = (str(family.shape(c)) for c in (parent.config, target))
+        differing = [n for n in {**have, **want} if shapes[0].get(n) != shapes[1].get(n)]
+        raise ShapeError(
+            "method keep takes the first parent as it is: the target must have its shape",
+            where=where,
+            got=wanted if wanted != own else f"another {differing[0]}",
+            allowed=f"{own}, as {parent.name} has it",
+            hint="leave target empty ({}), or use a method that narrows",
+        )
+    if not _whole(parent, target):
+        raise ParentError(
+            "method keep keeps the head of the first parent: it must know all of the data's "
+            "classes, in its order",
+            where=where,
+            got=_classes(parent, target),
             hint="use method: refit, which unites parents of other classes",
         )
 

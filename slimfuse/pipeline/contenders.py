@@ -15,6 +15,7 @@ from slimfuse.recipe import Method, Parent, Recipe
 
 AGAIN, UNTRAINED = "_again", "_untrained"  # no recipe's parent can have these names
 VARIED = ("data", "parents", "target", "fuse", "finetune", "runtime")
+AS_IS = ("keep", "random-refit")  # no other start, or a control of its own
 ALIKE = {
     "finetune.epochs": "all rows are trained for the same steps: see --steps",
     "runtime.threads": "threads change no figure",
@@ -53,7 +54,7 @@ def ladder(recipe: Recipe, best: str, copy: str, untrained: str) -> list[Contend
     if len(fused) > 1 and own in ("refit", "gauge"):
         found.append(Contender(_title(own, [one]), _changed(recipe, own, [best])))
     for method in get_args(Method):
-        if method == own or (method == "gauge" and len(fused) < 2) or method == "random-refit":
+        if method == own or (method == "gauge" and len(fused) < 2) or method in AS_IS:
             continue
         if method in ("refit", "gauge", "ot", "vanilla"):
             found.append(Contender(_title(method, fused), _changed(recipe, method, fused)))

@@ -35,6 +35,7 @@ from slimfuse.tasks import Evidence, Task, ask
 PARITY_BATCHES = (1, 3, 5)  # the graph is traced with 2
 PARITY_RTOL = 1e-4
 CHILDREN = ("onnx", "onnx-int8")
+DENSE = "finetuned"  # timed where the children are sparse
 SINGLE_FLOPS = 1e12  # about a minute at batch 1 on one core
 
 
@@ -95,7 +96,7 @@ class Deployment:
         stage = self.store.stage(f"onnx-{name}", inputs, build)
         return stage, float(json.loads((stage.path / "parity.json").read_text())["max_abs"])
 
-    def quantised(self, exported: Stage) -> Stage:
+    def quantised(self, exported: Stage, name: str = "int8") -> Stage:
         """Return the INT8 file of an ONNX stage."""
         plan = quantization_plan()
 
@@ -107,7 +108,7 @@ class Deployment:
                 )  # fmt: skip
 
         inputs = {"onnx": exported.key, "reduce_range": plan.reduce_range, "tools": _tools()}
-        return self.store.stage("int8", inputs, build)
+        return self.store.stage(name, inputs, build)
 
     def evidence(self, stage: Stage, file: str, saved: Path, *, batch: int) -> Evidence:
         """Return what an ONNX file says of the test set, through the *saved* preprocessor."""
@@ -156,7 +157,7 @@ class Deployment:
                 asdict(result.ratio(base, other, threads=t, batch=b))
                 for base in models
                 for other in models
-                if base in {p.name for p in self.job.parents} and other in CHILDREN
+                if base in {*(p.name for p in self.job.parents), DENSE} and other in CHILDREN
                 for t, b in conditions
             ]
             kept = {

@@ -14,7 +14,7 @@ from slimfuse.data import DataSet
 from slimfuse.errors import ParentError, ShapeError
 from slimfuse.families import Family, ImageFamily, TextFamily, family_of
 from slimfuse.finetune.loop import Precision, best_precision
-from slimfuse.pipeline.checks import check_methods, check_samples, check_teachers
+from slimfuse.pipeline.checks import check_methods, check_samples, check_teachers, measured_by
 from slimfuse.pipeline.common import BaseJob, Opened, ParentJob
 from slimfuse.pipeline.images import open_images
 from slimfuse.pipeline.labelling import check_training, class_places, with_labels
@@ -110,7 +110,8 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     for folder in folders.values():
         family.load(folder)  # strict, and sees a file that was cut off
     threads = recipe.runtime.threads or cores()
-    proposal = propose_shape(recipe, configs, family, opened, saved, threads)
+    measured = measured_by(recipe, configs)
+    proposal = propose_shape(recipe, measured, family, opened, saved, threads)
     target = proposal.config
     if task.labelled:
         target = task.marked(with_labels(target, configs, opened.data))

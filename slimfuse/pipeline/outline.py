@@ -10,7 +10,7 @@ from typing import Any, cast
 from slimfuse.data.gguf import SUFFIX
 from slimfuse.errors import ParentError, ShapeError, UserError
 from slimfuse.families import Family, ImageFamily, family_of
-from slimfuse.pipeline.checks import check_methods
+from slimfuse.pipeline.checks import check_methods, measured_by
 from slimfuse.pipeline.common import ParentJob
 from slimfuse.pipeline.images import DEFAULT_IMAGE_SIZE, image_size
 from slimfuse.pipeline.job import task_of
@@ -18,6 +18,7 @@ from slimfuse.pipeline.labelling import labelled
 from slimfuse.pipeline.lookup import CONFIG, find_folder
 from slimfuse.pipeline.planning import Outset, Plan, plan_of
 from slimfuse.pipeline.shaping import largest_config, shape_of, wish_of
+from slimfuse.pipeline.sparse import check_zeros
 from slimfuse.pipeline.texts import longest, new_text_config
 from slimfuse.pipeline.vocabularies import first_position
 from slimfuse.recipe import AnyRecipe, Recipe, Train
@@ -69,7 +70,8 @@ def make_outline(recipe: AnyRecipe, path: Path) -> Plan:
         raise ParentError(
             "the parents don't fit each other", where="parents", got="; ".join(mismatched)
         )
-    proposal = resolve(wish_of(recipe.target), largest_config(configs, family), family)
+    largest = largest_config(measured_by(recipe, configs), family)
+    proposal = resolve(wish_of(recipe.target), largest, family)
     jobs = {
         p.name: ParentJob(p.name, p.weight, configs[p.name], None, None, p.train, ())
         for p in recipe.parents
@@ -81,6 +83,7 @@ def make_outline(recipe: AnyRecipe, path: Path) -> Plan:
     chosen = [jobs[name] for name in recipe.fuse.parents or jobs]
     chosen.sort(key=lambda p: -family.shape(p.config).hidden_size)
     check_methods(recipe, chosen, proposal.config, family, anchor)
+    check_zeros(recipe.sparsify, family, proposal.config)
     plan = plan_of(
         Outset(
             recipe, family, samples.task, configs | ({ANCHOR: anchor.config} if anchor else {}),
@@ -89,7 +92,7 @@ def make_outline(recipe: AnyRecipe, path: Path) -> Plan:
         )
     )  # fmt: skip
     said = f"FLOPs and memory are of {samples.tokens(proposal.config)} tokens a sample. {NOTE}"
-    return replace(plan, notes=(said,))
+    return replace(plan, notes=(*plan.notes, said))
 
 
 def _saved(recipe: Recipe, family: Family, beside: Path) -> dict[str, Any]:

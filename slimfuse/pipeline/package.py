@@ -33,6 +33,10 @@ One {{ model }}, fused by slimfuse {{ version }} from
 {% endfor %}
 
 on `{{ data }}`, {{ training }}.
+{% if sparse %}
+
+{{ sparse }}
+{% endif %}
 
 | file | {{ metric }} ({{ n }} test {{ task.sample }}s, 95 % interval) |
 | --- | --- |
@@ -127,11 +131,12 @@ def model_card(
     parents: dict[str, Measured],
     files: dict[str, tuple[Measured, int | None]],
     version: str,
+    sparse: str = "",
 ) -> str:
     """Return README.md; it holds nothing that differs from run to run.
 
     parents, files: the task's first figure; of a file with the batch size it was measured at,
-    where that matters.
+    where that matters; sparse: a sentence about zeros.
     """
     metric, told = job.task.metric, job.licences
     found = told.found
@@ -164,6 +169,7 @@ def model_card(
         training=f"then finetuned for {steps} steps with {taught} as teacher{'s' * several}"
         if steps
         else "not finetuned",
+        sparse=sparse,
         n=job.count("test"),
         metric=metric.key.replace("_", " "),
         metrics=", ".join(m.key for m in job.task.metrics),

@@ -32,7 +32,7 @@ def pictures(
     """Return the report's pictures.
 
     trained: finetuned stages by the name of their start; best: the better parent; evidence: what
-    the parents and `finetuned` say of the test set.
+    the parents, and as `finetuned` the child that is shipped, say of the test set.
     """
     fusion = load_fusion(fused.path)
     found = []
@@ -212,7 +212,8 @@ def _part_pictures(fusion: dict[str, Any]) -> list[Picture]:
     return pictures
 
 
-def _training_pictures(trained: Mapping[str, Stage]) -> list[Picture]:
+def losses_of(trained: Mapping[str, Stage]) -> dict[str, dict[str, list[float]]]:
+    """Return the smoothed losses of trainings by name, as series of a picture; none of no steps."""
     series = {}
     for name, stage in trained.items():
         losses = np.asarray(json.loads((stage.path / "losses.json").read_text()))
@@ -222,6 +223,11 @@ def _training_pictures(trained: Mapping[str, Stage]) -> list[Picture]:
             means = losses[: count * window].reshape(count, window).mean(axis=1)
             steps = (np.arange(count) + 1) * window
             series[name] = {"x": steps.tolist(), "y": means.tolist()}
+    return series
+
+
+def _training_pictures(trained: Mapping[str, Stage]) -> list[Picture]:
+    series = losses_of(trained)
     if not series:
         return []
     return [

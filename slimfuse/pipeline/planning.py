@@ -16,12 +16,16 @@ from slimfuse.pipeline.common import BaseJob, ParentJob
 from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.labelling import training_split
 from slimfuse.pipeline.shaping import largest_config
-from slimfuse.recipe import Recipe
+from slimfuse.pipeline.sparse import recovery_steps, settings_of
+from slimfuse.recipe import Recipe, Sparsify
+from slimfuse.recipe.sparsifying import BY_BLOCK, BY_GRADIENTS
+from slimfuse.saliency.fisher import HELD, MEMORY
 from slimfuse.shapes import AXES, Proposal
 from slimfuse.store import Store, free_bytes
 from slimfuse.tasks import LanguageTask, Task
 
 RUNTIME_BYTES = 1300 << 20  # the libraries and their ONNX exporter: 1 080 to 1 280 MiB measured
+ZEROS = 14  # what pruning keeps beside the Fisher's sums, in weights of float32
 ANSWERS = 3  # what onnxruntime keeps of logits, in logits: 2.4 to 2.7 measured at 30 000 tokens
 
 
@@ -81,8 +85,7 @@ def make_plan(job: Job) -> Plan:
     recipe = job.recipe
     needed = (*job.parents, *([job.anchor] if job.anchor and job.moves else []))
     steps = {p.name: steps_for(job, p) for p in needed}
-    finetune = recipe.finetune
-    steps["child"] = steps_of(job.count("train"), finetune.epochs, finetune.batch_size)
+    steps["child"] = child_steps(job)
     return plan_of(
         Outset(
             recipe, job.family, job.task, {p.name: p.config for p in needed},
@@ -110,10 +113,61 @@ def plan_of(given: Outset) -> Plan:
     held = min(streams, MEMORY_LIMIT)
     fusing = sum(m.bytes for m in every) + held + moments + rows
     exporting = 6 * largest
-    needed = max(fusing, _training(given, models, child), exporting, _answering(given))
+    needed = max(
+        fusing,
+        _training(given, models, child),
+        exporting,
+        _answering(given),
+        zeros_memory(recipe.sparsify, child.bytes),
+    )
     memory = RUNTIME_BYTES + given.cached + needed
-    disk = disk_bytes(every) + streams - held
-    return Plan(tuple(every), memory, disk, given.proposal, _searched(given))
+    disk = disk_bytes(every) + streams - held + zeros_disk(recipe.sparsify, child.bytes)
+    notes = zeros_notes(recipe.sparsify)
+    return Plan(tuple(every), memory, disk, given.proposal, _searched(given), notes)
+
+
+def child_steps(job: BaseJob) -> int:
+    """Return how many steps the child is trained for, its recovery from pruning included."""
+    spec, sparse = job.recipe.finetune, job.recipe.sparsify
+    steps = steps_of(job.count("train"), spec.epochs, spec.batch_size)
+    return steps + (recovery_steps(job, sparse) if sparse is not None else 0)
+
+
+def zeros_memory(spec: Sparsify | None, model: int) -> int:
+    """Return the bytes that pruning a model of so many bytes takes at its peak.
+
+    In weights: the model, its gradient and new weights 1 each, scores and their joint ranking in
+    float64 2 each, the checkpoint a copy of what it holds; the Fisher's sums up to `Spec.memory`.
+    """
+    if spec is None:
+        return 0
+    block, gradients = spec.block or 2**62, spec.samples
+    used = {spec.scorer, *spec.compared}
+    sums = min(block + HELD, gradients) if used & set(BY_BLOCK) else 2
+    return ZEROS * model + min(MEMORY, sums * model)
+
+
+def zeros_disk(spec: Sparsify | None, model: int) -> int:
+    """Return about how many bytes the stages of sparse models write."""
+    if spec is None:
+        return 0
+    stages, checkpoint, dense_onnx = 2 * (1 + len(spec.compared)), 8, 2
+    return (stages + checkpoint + dense_onnx) * model
+
+
+def zeros_notes(spec: Sparsify | None) -> tuple[str, ...]:
+    """Return what a plan says of the pruning."""
+    if spec is None:
+        return ()
+    zeros = settings_of(spec, spec.scorer, 0).final
+    told = f"sparsify: {zeros:.0%} zeros by {spec.scorer}"
+    if spec.scorer in BY_GRADIENTS:
+        told += f", {spec.samples} gradients"
+    if spec.steps > 1:
+        told += f" in each of {spec.steps} steps"
+    if spec.compared:
+        told += f"; controls with as many steps again: {', '.join(spec.compared)}"
+    return (f"{told}. The child's training steps include the recovery.",)
 
 
 def disk_bytes(models: Sequence[Planned]) -> int:
@@ -144,7 +198,7 @@ def _training(given: Outset, models: Mapping[str, Planned], child: Planned) -> i
     sizes = [m.bytes for name, m in models.items() if name in given.fused]
     beside = max(sizes) if given.task.cached else sum(sizes)
     found = [0]
-    if recipe.finetune.epochs:
+    if recipe.finetune.epochs or (recipe.sparsify is not None and recipe.sparsify.epochs):
         named = recipe.finetune.distill.teachers
         teachers = len(given.fused if named is None else named)
         step = _activations(given, given.target, recipe.finetune.batch_size, teachers)

@@ -11,16 +11,25 @@ from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.fusion_record import load_fusion
 from slimfuse.pipeline.pictures import pictures
 from slimfuse.pipeline.planning import Plan
+from slimfuse.pipeline.sparse import Sparse
+from slimfuse.pipeline.sparse_report import (
+    STATEMENT,
+    SparseFiles,
+    layers,
+    sparse_pictures,
+    zeros_note,
+)
 from slimfuse.pipeline.stages import Figures
 from slimfuse.recipe import Gate
 from slimfuse.report import Figure, GateResult, Latency, Report, Row, Speedup
+from slimfuse.report import Stage as StageName
 from slimfuse.store import Stage
 from slimfuse.tasks import Evidence
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """All that a run found out, by row name."""
+    """All that a run found out, by row name. sparse, files: of a sparse child."""
 
     job: BaseJob
     plan: Plan
@@ -31,6 +40,8 @@ class Measurements:
     parity: dict[str, float]
     fused: Stage
     finetuned: Stage
+    sparse: Sparse | None
+    files: SparseFiles | None
     baselines: dict[str, Stage]
     starts: dict[str, Figures]
     control: Stage | None
@@ -58,7 +69,7 @@ def make_report(m: Measurements) -> Report:
         name=m.job.recipe.name,
         recipe_path=str(m.job.path) if not m.job.path.is_absolute() else m.job.path.name,
         command=m.command,
-        summary=f"{_fused(m.job)} on {m.job.data.name}, fused into one model {child.shape}",
+        summary=f"{_fused(m.job)} on {m.job.data.name}, {_became(m.job)} {child.shape}",
         rows=rows,
         speedups=speedups,
         gates=tuple(_gate(gate, m, speedups) for gate in m.job.recipe.gates),
@@ -70,7 +81,8 @@ def make_report(m: Measurements) -> Report:
                 best_parent(m),
                 m.evidence,
             )
-        ),
+        )
+        + (tuple(sparse_pictures(m.sparse)) if m.sparse is not None else ()),
         settings=m.lock,
         environment=bench["environment"] | {
             "torch threads": str(m.job.threads), "training precision": m.job.precision,
@@ -78,7 +90,14 @@ def make_report(m: Measurements) -> Report:
         timings=m.timings,
         warnings=tuple(_warnings(m, bench["latencies"])),
         metric=m.job.task.metric.key,
+        zeros=layers(m.sparse.child) if m.sparse is not None else (),
+        sizes=m.files.sizes if m.files is not None else (),
     )  # fmt: skip
+
+
+def _became(job: BaseJob) -> str:
+    alone = job.recipe.fuse.method in ("keep", "unfused")
+    return "kept at its own shape:" if alone else "fused into one model"
 
 
 def _fused(job: BaseJob) -> str:
@@ -122,11 +141,22 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
             Row("anchor", "baseline", figures("anchor"), p.params, p.flops, _size(m.anchor),
                 note="the trained narrow model that method ot moves the parents to")
         )  # fmt: skip
-    for name in ("fused", "finetuned"):
-        stage = m.fused if name == "fused" else m.finetuned
-        rows.append(
-            Row(name, name, figures(name), child.params, child.flops, _size(stage.path))  # type: ignore[arg-type]
-        )
+    rows.append(
+        Row("fused", "fused", figures("fused"), child.params, child.flops, _size(m.fused.path))
+    )
+    dense = m.files is not None
+    rows.append(
+        Row("finetuned", "finetuned", figures("finetuned"), child.params, child.flops,
+            _size(m.finetuned.path), timed("finetuned"), m.parity.get("finetuned"),
+            "dense; latency of its ONNX file" if dense else "")
+    )  # fmt: skip
+    if m.sparse is not None:
+        for made in m.sparse.every:
+            kind: StageName = "sparse" if made is m.sparse.child else "baseline"
+            rows.append(
+                Row(made.row, kind, figures(made.row), child.params, child.flops,
+                    _size(made.stage.path), note=zeros_note(m.job, m.sparse, made))
+            )  # fmt: skip
     onnx = m.exported.path / "model.onnx"
     rows.append(
         Row("onnx", "onnx", figures("onnx"), child.params, child.flops, onnx.stat().st_size,
@@ -202,6 +232,8 @@ def _warnings(m: Measurements, latencies: list[dict[str, Any]]) -> list[str]:
     noisy = sorted({entry["name"] for entry in latencies if entry["noisy"]})
     if noisy:
         out.append(f"the machine was busy while timing {', '.join(noisy)}: measure again")
+    if m.sparse is not None:
+        out.append(STATEMENT)
     told = m.job.licences
     out += [*told.conflicts, *told.inherited]
     names = m.job.recipe.fuse.parents or [p.name for p in m.job.parents]

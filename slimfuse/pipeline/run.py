@@ -28,6 +28,8 @@ from slimfuse.pipeline.package import build_package, model_card
 from slimfuse.pipeline.planning import Plan, check_disk, make_plan
 from slimfuse.pipeline.results import Measurements, make_report
 from slimfuse.pipeline.shaping import pinned
+from slimfuse.pipeline.sparse import check_zeros, thin
+from slimfuse.pipeline.sparse_report import card, measure_files
 from slimfuse.pipeline.stages import METHOD_OF, BaseStages, Figures, Stages
 from slimfuse.progress import console, working
 from slimfuse.recipe import Located, NetRecipe, Recipe, load_located
@@ -86,9 +88,13 @@ def _prepared(loaded: Located, path: Path, store: Store | None = None) -> BaseJo
     """Return the job of a recipe; an error about one of its keys tells the key's line."""
     recipe = loaded.recipe
     try:
+        job: BaseJob
         if isinstance(recipe, NetRecipe):
-            return prepare_nets(recipe, path)
-        return prepare(recipe, path) if store is None else prepare_again(recipe, path, store)
+            job = prepare_nets(recipe, path)
+        else:
+            job = prepare(recipe, path) if store is None else prepare_again(recipe, path, store)
+        check_zeros(recipe.sparsify, job.family, job.target)
+        return job
     except UserError as error:
         error.where = loaded.locate(error.where)
         raise
@@ -182,6 +188,10 @@ def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
     finetuned = stages.finetune("fused")
     measured["finetuned"] = stages.figures(stages.evidence(finetuned))
     say("finetuned", measured["finetuned"])
+    sparse, child = None, finetuned  # the child is what ships
+    if job.recipe.sparsify is not None:
+        sparse = thin(stages, finetuned, job.recipe.sparsify, measured, say)
+        child = sparse.child.stage
     baselines, starts = {}, {}
     for kind in job.recipe.baselines:
         name = row_of(kind)
@@ -195,16 +205,16 @@ def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
         row: batch_of(row, planned.models[-1].flops * job.count("test"), job.task)
         for row in ("onnx", "onnx-int8")
     }
-    exported, parity = deployment.export("child", finetuned.path, finetuned.key)
+    exported, parity = deployment.export("child", child.path, child.key)
     measured["onnx"] = stages.figures(
-        deployment.evidence(exported, "model.onnx", finetuned.path, batch=batches["onnx"])
+        deployment.evidence(exported, "model.onnx", child.path, batch=batches["onnx"])
     )
     int8 = None
     if job.recipe.export.quantize.mode != "none":
         int8 = deployment.quantised(exported)
         measured["onnx-int8"] = stages.figures(
             deployment.evidence(
-                int8, "model_quantized.onnx", finetuned.path, batch=batches["onnx-int8"]
+                int8, "model_quantized.onnx", child.path, batch=batches["onnx-int8"]
             )
         )
         say("ONNX INT8", measured["onnx-int8"])
@@ -212,19 +222,20 @@ def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
     quantize = job.recipe.export.quantize
     shipped = int8 if quantize.mode == "dynamic" or drop <= quantize.max_drop else None
 
-    files = {"model.safetensors": "finetuned", "onnx/model.onnx": "onnx"}
+    files = {"model.safetensors": "sparse" if sparse else "finetuned", "onnx/model.onnx": "onnx"}
     if shipped is not None:
         files["onnx/model_quantized.onnx"] = "onnx-int8"
     spec = job.recipe.finetune
     steps = steps_of(job.count("train"), spec.epochs, spec.batch_size)
     shown = {file: (measured[row][key], batches.get(row)) for file, row in files.items()}
     parents_shown = {p.name: measured[p.name][key] for p in job.parents}
-    card = model_card(job, steps, parents_shown, shown, __version__)
+    told = card(job, sparse) if sparse is not None else ""
+    readme = model_card(job, steps, parents_shown, shown, __version__, told)
     package = store.stage(
         "package",
-        {"finetuned": finetuned.key, "onnx": exported.key, "card": card,
+        {"finetuned": child.key, "onnx": exported.key, "card": readme,
          "int8": shipped.key if shipped is not None else None},
-        lambda folder: build_package(folder, job, finetuned, exported, shipped, card),
+        lambda folder: build_package(folder, job, child, exported, shipped, readme),
     )  # fmt: skip
 
     models: dict[str, tuple[Path, str]] = {}
@@ -232,6 +243,11 @@ def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
     for name, (folder, key) in parents.items():
         parent_onnx, parent_parity[name] = deployment.export(name, folder, key)
         models[name] = (parent_onnx.path / "model.onnx", parent_onnx.key)
+    sizes = None
+    if sparse is not None:
+        sizes = measure_files(deployment, finetuned, exported, int8)
+        models["finetuned"] = (sizes.dense.path / "model.onnx", sizes.dense.key)
+        parent_parity["finetuned"] = sizes.parity
     models["onnx"] = (exported.path / "model.onnx", exported.key)
     if int8 is not None:
         models["onnx-int8"] = (int8.path / "model_quantized.onnx", int8.key)
@@ -241,11 +257,12 @@ def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
         Measurements(
             job=job, plan=planned, command=command, measured=measured, parents=parents,
             anchor=anchor, parity={**parent_parity, "onnx": parity}, fused=fused,
-            control=control, finetuned=finetuned, baselines=baselines, starts=starts,
+            control=control, finetuned=finetuned, sparse=sparse, files=sizes,
+            baselines=baselines, starts=starts,
             exported=exported, int8=int8, int8_dropped=int8 is not shipped, latency=latency,
             lock=lock_of(job), timings=store.timings(), batches=batches,
             evidence={name: stages.outputs(p).test for name, p in _named(job).items()}
-            | {"finetuned": stages.evidence(finetuned)},
+            | {"finetuned": stages.evidence(child)},
         )
     )  # fmt: skip
     with working("drawing the report"):

@@ -20,7 +20,7 @@ from slimfuse import __version__
 from slimfuse.data import Split
 from slimfuse.families.pretrained import begin
 from slimfuse.finetune.distill import Fetch, distillation_loss, labels_loss
-from slimfuse.finetune.loop import Schedule, fit, steps_of
+from slimfuse.finetune.loop import Schedule, Zeros, fit, steps_of
 from slimfuse.fuse.union import Parent
 from slimfuse.pipeline.calibration import calibration
 from slimfuse.pipeline.common import BaseJob, ParentJob, Part
@@ -105,7 +105,7 @@ class BaseStages(ABC):
         split = training_split(train, self.job.data, joined=self.job.task.joins)
         whole = split is self.job.data.train
         samples = self.samples("train") if whole else self.prepared(split)
-        fetch = self._fetch(samples, train.augment)
+        fetch = self.fetch(samples, train.augment)
         fit(
             model,
             labels_loss(self.job.task, fetch, train.label_smoothing),
@@ -157,49 +157,68 @@ class BaseStages(ABC):
 
     def finetune(self, kind: str) -> Stage:
         """Return the model that finetuning with distillation makes of a start."""
-        start, spec = self.start(kind), self.recipe.finetune
+        start = self.start(kind)
+
+        def build(folder: Path) -> None:
+            model = self.job.family.load(start.path, attention="eager")
+            what = f"finetuning {'the child' if kind == 'fused' else kind}"
+            losses = self.tune(model, self.finetune_schedule, folder / CHECKPOINT, what)
+            self.save(model, folder)
+            (folder / "losses.json").write_text(json.dumps(losses))
+
+        name = "finetuned" if kind == "fused" else f"finetuned-{kind}"
+        return self.store.stage(name, self.base | {"start": start.key} | self.tuning, build)
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """What a training with the teachers depends on, beside its start and its data."""
         teachers = self.job.teachers
-        inputs = self.base | {
-            "start": start.key,
-            "finetune": spec.model_dump(mode="json"),
+        inputs: dict[str, Any] = {
+            "finetune": self.recipe.finetune.model_dump(mode="json"),
             "teachers": [[t.name, t.weight, self.parent(t)[1]] for t in teachers],
             "precision": self.job.precision,
         }
         if self.teaching.mixed(teachers):  # their union is fitted on the calibration samples
             inputs["calibration"] = self.job.recipe.data.calibration.model_dump(mode="json")
+        return inputs
 
-        def build(folder: Path) -> None:
-            model = self.job.family.load(start.path, attention="eager")
-            if spec.freeze_embeddings:
-                for module in model.modules():
-                    if isinstance(module, nn.Embedding):
-                        module.requires_grad_(False)
-            samples, task = self.samples("train"), self.job.task
-            teach = self.teaching.targets()
-            losses = fit(
-                model,
-                distillation_loss(
-                    task,
-                    self._fetch(samples, spec.augment),
-                    teach,
-                    temperature=spec.distill.temperature,
-                    hardness=spec.distill.hardness,
-                    criterion=task.criterion.begun(
-                        lambda: self.teaching.first(model, samples, teach)
-                    ),
-                ),
-                len(samples),
-                self.finetune_schedule,
-                precision=self.job.precision,
-                checkpoint=folder / CHECKPOINT,
-                what=f"finetuning {'the child' if kind == 'fused' else kind}",
-                lengths=samples.lengths,
-            )
-            self.save(model, folder)
-            (folder / "losses.json").write_text(json.dumps(losses))
-
-        name = "finetuned" if kind == "fused" else f"finetuned-{kind}"
-        return self.store.stage(name, inputs, build)
+    def tune(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        checkpoint: Path,
+        what: str,
+        *,
+        zeros: Zeros | None = None,
+    ) -> list[float]:
+        """Train a child in place with its teachers, and return the loss of every step."""
+        if not schedule.steps:
+            return []
+        spec = self.recipe.finetune
+        if spec.freeze_embeddings:
+            for module in model.modules():
+                if isinstance(module, nn.Embedding):
+                    module.requires_grad_(False)
+        samples, task = self.samples("train"), self.job.task
+        teach = self.teaching.targets()
+        return fit(
+            model,
+            distillation_loss(
+                task,
+                self.fetch(samples, spec.augment),
+                teach,
+                temperature=spec.distill.temperature,
+                hardness=spec.distill.hardness,
+                criterion=task.criterion.begun(lambda: self.teaching.first(model, samples, teach)),
+            ),
+            len(samples),
+            schedule,
+            precision=self.job.precision,
+            checkpoint=checkpoint,
+            what=what,
+            lengths=samples.lengths,
+            zeros=zeros,
+        )
 
     @property
     def finetune_schedule(self) -> Schedule:
@@ -252,7 +271,8 @@ class BaseStages(ABC):
             job.task, job.data.train, job.processor, spec, size, lambda: self.samples("train")
         )
 
-    def _fetch(self, samples: Samples, kinds: Sequence[Augmentation]) -> Fetch:
+    def fetch(self, samples: Samples, kinds: Sequence[Augmentation] | None = None) -> Fetch:
+        """Return what takes samples by their places; kinds: None for measuring, see `Task`."""
         return lambda indices: self.job.task.examples(samples, indices, kinds)
 
     def ask(self, model: nn.Module, part: Part, what: str) -> Evidence:
@@ -287,7 +307,8 @@ class Stages(BaseStages):
     def start(self, kind: str) -> Stage:
         """Return the model that finetuning starts from: `fused`, or a baseline by its row name."""
         method, recipe = self.method(kind), self.job.recipe
-        parents = [(p, *self.parent(p)) for p in self.job.by_width]
+        used = self.job.fused[:1] if method == "keep" else self.job.by_width
+        parents = [(p, *self.parent(p)) for p in used]
         anchor = self.parent(self.job.anchor) if method == "ot" and self.job.anchor else None
         fuse = recipe.fuse.model_copy(update={"method": method})
         calibration = recipe.data.calibration

@@ -45,6 +45,7 @@ from slimfuse.recipe.nets import (
     Pruned,
 )
 from slimfuse.recipe.problems import InvalidRecipe, Problem
+from slimfuse.recipe.sparsifying import Sparsify
 
 __all__ = [
     "Anchor",
@@ -78,6 +79,7 @@ __all__ = [
     "Recipe",
     "RecipeInfo",
     "Runtime",
+    "Sparsify",
     "Target",
     "Train",
     "TrainConfig",

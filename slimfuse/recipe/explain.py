@@ -90,15 +90,14 @@ def choices(schema: Schema, part: Schema) -> Iterator[str]:
 
 
 def _solid(schema: Schema, part: Schema) -> Schema:
-    """Follow a reference, and the one option of a nullable value that has parts."""
+    """Follow a reference, and the one option that has parts: a nullable list, or a mapping."""
     if "$ref" in part:
         return _solid(schema, schema["$defs"][part["$ref"].rpartition("/")[2]])
-    options = [option for option in part.get("anyOf", ()) if option.get("type") != "null"]
-    if len(options) == 1:
-        solid = _solid(schema, options[0])
-        if "properties" in solid or "items" in solid:
-            return solid
-    return part
+    options = [_solid(schema, o) for o in part.get("anyOf", ()) if o.get("type") != "null"]
+    parts = [option for option in options if "properties" in option]
+    if len(options) == 1 and "items" in options[0]:
+        parts = options
+    return parts[0] if len(parts) == 1 else part
 
 
 def _range(part: Schema) -> str:

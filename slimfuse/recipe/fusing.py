@@ -25,8 +25,9 @@ from slimfuse.recipe.strict import (
 
 Axis = Literal["hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"]
 Method = Literal[
-    "refit", "gauge", "ot", "intra", "vanilla", "select", "subclone", "random", "random-refit"
-]
+    "refit", "gauge", "ot", "intra", "vanilla", "select", "subclone", "keep", "random",
+    "random-refit",
+]  # fmt: skip
 Saliency = Literal[
     "energy", "uniform", "magnitude", "l1", "taylor", "diagonal-fisher", "mask-fisher", "ziplm",
     "random",
@@ -101,13 +102,10 @@ class Target(Strict):
 
     @classmethod
     def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
-        """Demand a shape or a budget, and that a budget is free to change what isn't given."""
+        """Demand that a budget is free to change what isn't given."""
         keys = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
         given = [key for key in keys if raw.get(key) is not None]
         budget = raw.get("budget")
-        if budget is None:
-            allowed = f"one of {', '.join(keys)}, or budget"
-            return [] if given else [Finding((), "no size is given", allowed=allowed)]
         if not isinstance(budget, Mapping):
             return []
         free = budget.get("free", ("hidden_size", "intermediate_size"))
@@ -259,8 +257,10 @@ class Fuse(Strict):
         "average in common coordinates, then refit. ot: the published transport to a trained "
         "anchor. intra: the first parent's units merged onto its most salient ones. vanilla: plain "
         "average of equal shapes. select: the first parent pruned. "
-        "subclone: its largest units copied. random: none of the parents. random-refit: a random "
-        "model whose writers and head are refitted, the control of every refit.",
+        "subclone: its largest units copied. keep: the first parent as it is, which must have the "
+        "target's shape (its own, where target is empty). random: none of the parents. "
+        "random-refit: a random model whose writers and head are refitted, the control of every "
+        "refit.",
     )
     parents: Several[Slug] | None = Field(
         None, description="Names of the parents that are fused; null: all. Others may still teach."

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
-from slimfuse.recipe.fusing import Fuse, Method, Target
+from slimfuse.recipe.fusing import Axis, Fuse, Method, Target
 from slimfuse.recipe.inputs import Data, Parent
 from slimfuse.recipe.matching import check_task, dig, items
 from slimfuse.recipe.problems import Loc, nearest
+from slimfuse.recipe.sparsifying import Sparsify, WeightScorer, check_sparsify
 from slimfuse.recipe.strict import (
     Augment,
     Count,
@@ -28,9 +29,10 @@ from slimfuse.recipe.strict import (
     as_tuple,
 )
 
+SPARSE_ROWS = ("sparse", *(f"sparse-{scorer}" for scorer in get_args(WeightScorer)))
 RESERVED_NAMES = (
     "fused", "finetuned", "onnx", "onnx-int8", "random-start", "anchor",
-    *(m for m in get_args(Method) if m != "random"),
+    *(m for m in get_args(Method) if m != "random"), *SPARSE_ROWS,
 )  # fmt: skip
 """Names of the report's other rows, so no parent may have them."""
 
@@ -187,6 +189,9 @@ class Recipe(Strict):
     target: Target = Field(description="The fused model's shape.")
     fuse: Fuse = Field(Fuse(), description="How parents become one narrower model.")
     finetune: Finetune = Field(Finetune(), description="Training of the fused model.")
+    sparsify: Sparsify | None = Field(
+        None, description="Zeros in the finetuned model before its export; null: none."
+    )
     baselines: Distinct[Method] = Field(
         ("random",), description="Other starts (methods), finetuned in the same way to compare."
     )
@@ -201,9 +206,18 @@ class Recipe(Strict):
 
     @classmethod
     def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
-        """Demand parents' names that are free and distinct, teachers that exist, a task's data."""
+        """Demand parents' names that are free and distinct, teachers that exist, a task's data.
+
+        And a target's size, but for method keep, which has its parent's.
+        """
         places = (("finetune", "distill", "teachers"), ("fuse", "parents"))
-        return check_names(raw, RESERVED_NAMES, places) + check_task(raw)
+        findings = check_names(raw, RESERVED_NAMES, places) + check_task(raw)
+        target = raw.get("target")
+        sized = any(dig(target, key) is not None for key in Target.model_fields)
+        if isinstance(target, Mapping) and not sized and dig(raw, "fuse", "method") != "keep":
+            allowed = f"one of {', '.join(get_args(Axis))}, or budget"
+            findings.append(Finding(("target",), "no size is given", allowed=allowed))
+        return findings + check_sparsify(raw)
 
 
 def check_names(

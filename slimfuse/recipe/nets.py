@@ -11,6 +11,7 @@ from slimfuse.recipe.fusing import Plans
 from slimfuse.recipe.inputs import Data, Training
 from slimfuse.recipe.matching import dig, items
 from slimfuse.recipe.models import (
+    SPARSE_ROWS,
     Bench,
     Export,
     Finetune,
@@ -19,6 +20,7 @@ from slimfuse.recipe.models import (
     check_names,
     check_reference,
 )
+from slimfuse.recipe.sparsifying import Sparsify
 from slimfuse.recipe.strict import (
     BY_SCHEMA,
     Count,
@@ -38,7 +40,7 @@ from slimfuse.recipe.strict import (
 NetMethod = Literal["ot", "vanilla", "unfused", "random"]
 RESERVED_NAMES = (
     "fused", "finetuned", "onnx", "onnx-int8", "random-start", "anchor", "ot", "vanilla",
-    "unfused",
+    "unfused", *SPARSE_ROWS,
 )  # fmt: skip
 KEYS = {
     "mlp": {"hidden"},
@@ -258,6 +260,9 @@ class NetRecipe(Strict):
     target: NetTarget = Field(NetTarget(), description="The fused net's shape.")
     fuse: NetFuse = Field(NetFuse(), description="How parents become one net.")
     finetune: Finetune = Field(Finetune(), description="Training of the fused net.")
+    sparsify: Sparsify | None = Field(
+        None, description="Zeros in the finetuned net before its export; null: none."
+    )
     baselines: Distinct[NetMethod] = Field(
         ("random",), description="Other starts (methods), finetuned in the same way to compare."
     )

@@ -5,8 +5,10 @@ from slimfuse.report.html import render_html
 from slimfuse.report.rows import (
     STAGES,
     Figure,
+    FileSize,
     GateResult,
     Latency,
+    LayerZeros,
     Picture,
     Report,
     Row,
@@ -21,8 +23,10 @@ from slimfuse.report.verdict import verdict
 __all__ = [
     "STAGES",
     "Figure",
+    "FileSize",
     "GateResult",
     "Latency",
+    "LayerZeros",
     "Picture",
     "Report",
     "Row",

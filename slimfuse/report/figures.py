@@ -27,6 +27,7 @@ _MARKS = {
     "parent": (6, "s"),
     "fused": (4, "^"),
     "finetuned": (0, "o"),
+    "sparse": (5, "P"),
     "onnx": (2, "D"),
     "onnx-int8": (3, "v"),
     "baseline": (1, "X"),

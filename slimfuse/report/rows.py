@@ -13,7 +13,7 @@ from slimfuse.report._wire import decode, not_finite, plain
 SCHEMA = "slimfuse.report/1"
 """Raised by one whenever a key changes its meaning or goes away."""
 
-Stage = Literal["parent", "fused", "finetuned", "onnx", "onnx-int8", "baseline"]
+Stage = Literal["parent", "fused", "finetuned", "sparse", "onnx", "onnx-int8", "baseline"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 PictureKind = Literal["heatmap", "lines", "bars"]
 
@@ -100,6 +100,31 @@ class GateResult:
 
 
 @dataclass(frozen=True)
+class LayerZeros:
+    """A pruned layer: its parameter's name and shape, its weights, and how many of them are zero.
+
+    increase: of the mean loss, expected of the last step of pruning by the quadratic model (Fisher
+    information); None where the choice used none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    zeros: int
+    increase: float | None = None
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """A file of the dense or the sparse child: its bytes, and those that zlib (level 6) makes."""
+
+    model: Literal["dense", "sparse"]
+    file: str
+    bytes: int
+    compressed: int
+
+
+@dataclass(frozen=True)
 class Picture:
     """One picture as data, drawn later by `figures.draw`.
 
@@ -133,7 +158,7 @@ class Report:
     """All that one run measured. Row names are unique: speed-ups refer to rows by name.
 
     settings: the recipe lock. timings: seconds per stage of the run. metric: the one to lead with,
-    "" for the first by name.
+    "" for the first by name. zeros, sizes: the layers of a sparse child, and its files.
 
     Raises: SlimfuseError when two rows share a name or a speed-up names no row.
     """
@@ -151,6 +176,8 @@ class Report:
     timings: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     metric: str = ""
+    zeros: tuple[LayerZeros, ...] = ()
+    sizes: tuple[FileSize, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", plain(self.settings))
@@ -174,6 +201,12 @@ class Report:
     def conditions(self) -> tuple[tuple[int, int], ...]:
         """Every (threads, batch) a latency was measured under, ordered by batch, then threads."""
         return _ordered({(x.threads, x.batch) for row in self.rows for x in row.latency})
+
+    @property
+    def sparsity(self) -> float | None:
+        """The share of zeros among the weights of the pruned layers; None without any."""
+        total = sum(layer.weights for layer in self.zeros)
+        return sum(layer.zeros for layer in self.zeros) / total if total else None
 
     @property
     def speedup_conditions(self) -> tuple[tuple[int, int], ...]:

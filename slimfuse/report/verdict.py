@@ -5,8 +5,8 @@ from __future__ import annotations
 from slimfuse.report import words
 from slimfuse.report.rows import Report, Row, Speedup
 
-# a reader deploys the finetuned child; earlier stages stand in where it is missing
-_CHILD = ("finetuned", "fused", "onnx", "onnx-int8")
+# a reader deploys the last child before export; earlier stages stand in where it is missing
+_CHILD = ("sparse", "finetuned", "fused", "onnx", "onnx-int8")
 # full precision first: what INT8 does is a clause of its own
 _TIMED = ("onnx", "finetuned", "fused", "onnx-int8")
 
@@ -67,8 +67,8 @@ def verdict(report: Report) -> str:
     row, metric = child(report), primary_metric(report)
     if row is None:
         return "No child was measured in this run."
-    clauses = [_quality(report, row, metric), _params(report, row), _speed(report)]
-    clauses.append(_int8(report, row, metric))
+    clauses = [_quality(report, row, metric), _params(report, row), _zeros(report)]
+    clauses += [_speed(report), _int8(report, row, metric)]
     return " · ".join(clause for clause in clauses if clause)
 
 
@@ -99,6 +99,13 @@ def _params(report: Report, row: Row) -> str:
         return "about as many parameters" + (" as " + base.name if _than(report, base) else "")
     many = f"{words.times(ratio)} fewer" if ratio > 1 else f"{words.times(1 / ratio)} more"
     return f"{many} parameters{_than(report, base)}"
+
+
+def _zeros(report: Report) -> str:
+    share = report.sparsity
+    if share is None:
+        return ""
+    return f"{100 * share:.0f} % zeros in the layers that were pruned"
 
 
 def _speed(report: Report) -> str:
