@@ -8,7 +8,7 @@ SOURCES := slimfuse export tests benchmarks
 .PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist \
 	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
 	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
-	clean
+	bench-unstructured bench-structured bench-saliency-fusion clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -48,6 +48,15 @@ bench-embedding: install
 
 bench-saliency-cost: install
 	$(BIN)/python benchmarks/saliency_cost.py
+
+bench-unstructured: install
+	$(BIN)/python benchmarks/unstructured.py
+
+bench-structured: install
+	$(BIN)/python benchmarks/structured.py
+
+bench-saliency-fusion: install
+	$(BIN)/python benchmarks/saliency_fusion.py
 
 bench-smollm2: install
 	$(BIN)/python benchmarks/smollm2.py

@@ -45,13 +45,15 @@ def measure(
     out: Path,
     *,
     with_parents: bool = True,
+    shared_samples: dict[Part, Samples] | None = None,
 ) -> dict[str, float]:
     """Return test accuracies in per cent: `name, n steps` for every variant and budget.
 
     shared, variants: overrides of the recipe; budgets: steps by variant name ("" for all others).
+    shared_samples: prepared splits of an earlier call on the same data, and for the next one.
     """
     quiet()
-    pixels: dict[Part, Samples] = {}
+    pixels: dict[Part, Samples] = {} if shared_samples is None else shared_samples
     found: dict[str, float] = {}
     store = Store(out)
     store.check_ours()

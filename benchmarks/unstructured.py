@@ -1,0 +1,452 @@
+"""Unstructured pruning of an MLP and of a ViT, all scorers (`make bench-unstructured`).
+
+Three parts: one-shot, damping (of WoodFisher), and the gradual schedule. Each row is kept as soon
+as it is measured, so that `--nets`, `--parts` and `--seeds` may run one after the other; whoever
+runs the last piece writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, write
+from kept import Figures, Kept, ahead, average, clear, spread
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from slimfuse.data import load_fashion_mnist
+from slimfuse.families import FAMILIES
+from slimfuse.finetune.loop import batch_indices
+from slimfuse.nets import load
+from slimfuse.saliency import sparsify as library
+from slimfuse.saliency.fisher import Part, Sums, accumulate
+from slimfuse.saliency.inverse import Damping
+from slimfuse.saliency.masks import Masks
+from slimfuse.saliency.obs import Update
+from slimfuse.saliency.sparsify import sparsify
+from slimfuse.saliency.sparsify_spec import Spec
+from slimfuse.saliency.weight_scores import WeightScorer
+from slimfuse.tasks.image_classification import PIXELS, Pixels, make_processor
+
+OUT = Path("runs/bench-unstructured")
+SEEDS = (0, 1, 2)
+TEST = 10_000
+SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+GRADUAL = (0.9, 0.95)
+STEPS = 8  # of the cubic schedule
+CHUNK = 50  # gradients of one vmap
+PUBLISHED = Damping(1e-5, relative=False)
+LARGE = Damping(10.0, relative=False)  # WoodTaylor's Newton step −h all but gone
+PARTS = ("one-shot", "damping", "gradual")
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Net:
+    """What is pruned: its models' names, and the settings that a pilot on training images chose.
+
+    samples: gradients; taught: AdamW steps after each of the 8 steps of the schedule.
+    """
+
+    name: str
+    model: str
+    block: int
+    damping: Damping
+    samples: int
+    taught: int
+    batch: int
+    rate: float
+
+    def settings(self) -> str:
+        """Return the Fisher's settings in words."""
+        return f"B = {self.block}, m = {self.samples}, λ = {told(self.damping)}"
+
+
+NETS = {
+    "mlp": Net("MLP 784-400-200-100-10", "nets-mlp-{seed}", 200, PUBLISHED, 1000, 25, 128, 3e-4),
+    "vit": Net("ViT 6 × 128", "fashion-{seed}-a", 50, Damping(0.1), 1000, 10, 64, 3e-4),
+}
+DAMPINGS = {
+    "relative 1e-2 (the library's)": Damping(),
+    "relative 1e-1": Damping(0.1),
+    "absolute 1e-5 (published)": PUBLISHED,
+    "absolute 1e-4": Damping(1e-4, relative=False),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A scorer, the update after it, and a damping where it isn't the net's."""
+
+    scorer: WeightScorer
+    update: Update = "none"
+    damping: Damping | None = None
+
+    def __str__(self) -> str:
+        own = f", λ = {told(self.damping)}" if self.damping else ""
+        return f"{self.scorer}, {UPDATES[self.update]}{own}"
+
+
+UPDATES = {"none": "no update", "single": "single update", "joint": "joint update"}
+JOINT = [
+    *(Way("woodfisher", update) for update in UPDATES),
+    Way("woodtaylor", "joint"),
+    *(Way("woodtaylor", update, LARGE) for update in UPDATES),
+    Way("diagonal-fisher"),
+    Way("magnitude"),
+    Way("magnitude", "joint"),
+    Way("random"),
+]
+INDEPENDENT = [
+    *(Way("woodfisher", update) for update in UPDATES),
+    Way("woodtaylor", "joint", LARGE),
+    Way("diagonal-fisher"),
+    Way("magnitude"),
+    Way("random"),
+]
+ORDER = [Way("woodfisher", "joint"), Way("diagonal-fisher"), Way("magnitude"), Way("random")]
+
+
+def told(damping: Damping) -> str:
+    """Return a damping in words."""
+    return f"{damping.value:g} of mean g²" if damping.relative else f"{damping.value:g}"
+
+
+@cache
+def pixels(kind: str, part: str, count: int) -> Batch:
+    """Return the first images of a split, drawn by seed 0 from the training set, and labels."""
+    data = load_fashion_mnist()
+    split = data.train.sample(count, 0) if part == "train" else data.test.first(count)
+    if kind == "vit":
+        seen = Pixels(split, make_processor(data.image_size, data.mean, data.std))
+        x = seen[torch.arange(len(split))].arguments[PIXELS]
+    else:
+        grey = torch.stack([torch.from_numpy(image[..., 0].copy()) for image in split.items])
+        x = (grey[:, None].float() / 255 - data.mean[0]) / data.std[0]
+    return x, torch.from_numpy(split.labels.copy())
+
+
+def said(model: nn.Module, x: Tensor) -> Tensor:
+    """Return logits."""
+    found = model(x)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy of a batch."""
+    return cross_entropy(said(model, batch[0]).float(), batch[1])
+
+
+class SharedSums:
+    """The Fisher's sums of the model that all one-shot rows start from, made once.
+
+    Stands in for `accumulate` inside `sparsify`: the same sums, with Σ g for WoodTaylor.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[Any, ...], dict[str, Sums]] = {}
+
+    def __call__(
+        self, model: nn.Module, loss: Any, batches: Iterable[Any], parts: Sequence[Part],
+        route: Any, **given: Any,
+    ) -> dict[str, Sums]:  # fmt: skip
+        """Return the sums of parts."""
+        key = (route, *(p.key for p in parts), parts[0].block)
+        if key not in self.sums:
+            given["first"] = True
+            self.sums[key] = accumulate(model, loss, batches, parts, route, **given)
+        return self.sums[key]
+
+
+@contextmanager
+def sharing(shared: SharedSums | None) -> Iterator[None]:
+    """Let `sparsify` take its sums from those that are shared."""
+    if shared is not None:
+        library.accumulate = shared  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        library.accumulate = accumulate
+
+
+class Bench:
+    """One net and seed: the dense model, its gradients' samples, the test images."""
+
+    def __init__(self, kind: str, seed: int, arguments: argparse.Namespace) -> None:
+        self.kind, self.seed, self.net = kind, seed, net_of(kind, arguments)
+        self.quick = arguments.quick
+        folder = Path(arguments.zoo) / self.net.model.replace("{seed}", str(seed))
+        if not folder.is_dir():
+            maker = "benchmarks/zoo.py" if kind == "vit" else "benchmarks/nets.py"
+            raise SystemExit(f"{folder} isn't there: {maker} makes it")
+        self.dense = load(folder) if kind == "mlp" else FAMILIES["vit"].load(folder)
+        self.test = pixels(kind, "test", 200 if arguments.quick else arguments.test)
+        self.train = pixels(kind, "train", 200 if arguments.quick else 20_000)
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(self.train[1]), generator=generator)[: self.net.samples]
+        self.sample = (self.train[0][chosen], self.train[1][chosen])
+        self.shared = SharedSums()
+
+    def batches(self) -> Iterable[Batch]:
+        """Return the gradients' samples."""
+        return zip(self.sample[0].split(CHUNK), self.sample[1].split(CHUNK), strict=True)
+
+    @torch.no_grad()
+    def tested(self, model: nn.Module) -> Figures:
+        """Return test accuracy in per cent and cross-entropy in nats."""
+        model.eval()
+        z = torch.cat([said(model, x).float() for x in self.test[0].split(250)])
+        right = (z.argmax(1) == self.test[1]).double().mean()
+        return {"accuracy": 100 * float(right), "loss": float(cross_entropy(z, self.test[1]))}
+
+    def pruned(
+        self,
+        way: Way,
+        sparsity: float,
+        *,
+        joint: bool = True,
+        steps: int = 1,
+        taught: int = 0,
+        after: int = 0,
+    ) -> Figures:
+        """Return the figures of a pruned copy; taught: steps of training after each of `steps`."""
+        model = copy.deepcopy(self.dense)
+        spec = Spec(
+            sparsity, way.scorer, joint=joint, update=way.update, block=self.net.block,
+            damping=way.damping or self.net.damping, steps=steps, seed=self.seed,
+        )  # fmt: skip
+        start = time.perf_counter()
+
+        def between(own: nn.Module, masks: Masks, step: int) -> None:
+            self.teach(own, masks, taught, step)
+
+        with sharing(self.shared if steps == 1 else None):
+            found = sparsify(
+                model, loss, self.batches, spec, per_sample=True,
+                between=between if taught else None,
+            )  # fmt: skip
+        seconds = time.perf_counter() - start
+        self.teach(model, found.masks, after or taught, steps)
+        found.masks.check(model)
+        return self.tested(model) | {"sparsity": found.masks.sparsity, "seconds": seconds}
+
+    def teach(self, model: nn.Module, masks: Masks, count: int, stage: int) -> None:
+        """Train with labels by AdamW at a fixed rate; pruned weights stay zero."""
+        if not count:
+            return
+        x, y = self.train
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.net.rate)
+        hold = masks.holding(model)
+        model.train()
+        for step in range(count):
+            i = batch_indices(len(y), step, self.net.batch, 1000 * self.seed + stage)
+            optimizer.zero_grad()
+            loss(model, (x[i], y[i])).backward()
+            optimizer.step()
+            hold()
+        model.eval()
+
+
+def net_of(kind: str, arguments: argparse.Namespace) -> Net:
+    """Return a net, with few samples and steps where only the script is tried."""
+    net = NETS[kind]
+    return replace(net, samples=2 * CHUNK, taught=1, batch=8) if arguments.quick else net
+
+
+def one_shot(bench: Bench, kept: Kept, where: str) -> None:
+    """Measure all scorers at all sparsities, thresholds and updates."""
+    kept.row(f"{where} dense", lambda: bench.tested(bench.dense))
+    for joint, ways in ((True, JOINT), (False, INDEPENDENT)):
+        for way in ways[:: 4 if bench.quick else 1]:
+            for sparsity in SPARSITIES[2:3] if bench.quick else SPARSITIES:
+                kept.row(
+                    f"{where} {title(way, sparsity, joint)}",
+                    lambda w=way, s=sparsity, j=joint: bench.pruned(w, s, joint=j),
+                )
+
+
+def dampings(bench: Bench, kept: Kept, where: str) -> None:
+    """Measure WoodFisher under several dampings."""
+    for damping in DAMPINGS.values():
+        way = damped(damping, bench.net)
+        for sparsity in SPARSITIES[2:3] if bench.quick else SPARSITIES[1:]:
+            kept.row(
+                f"{where} {title(way, sparsity)}", lambda w=way, s=sparsity: bench.pruned(w, s)
+            )
+
+
+def damped(damping: Damping, net: Net) -> Way:
+    """Return WoodFisher with a damping, the one-shot part's row where it is the net's."""
+    return Way("woodfisher", "joint", None if damping == net.damping else damping)
+
+
+def gradual(bench: Bench, kept: Kept, where: str) -> None:
+    """Measure one step against eight, without training, and with as many steps of it in all."""
+    wood, plain = Way("woodfisher", "joint"), Way("magnitude")
+    steps, taught = (2 if bench.quick else STEPS), bench.net.taught
+    for sparsity in GRADUAL[:1] if bench.quick else GRADUAL:
+        name = f"{where} {{}} to {sparsity:.0%}"
+        kept.row(
+            name.format("woodfisher, gradual"),
+            lambda s=sparsity: bench.pruned(wood, s, steps=steps),
+        )
+        for way in (wood, plain):
+            kept.row(
+                name.format(f"{way.scorer}, one-shot, trained"),
+                lambda w=way, s=sparsity: bench.pruned(w, s, after=steps * taught),
+            )
+            kept.row(
+                name.format(f"{way.scorer}, gradual, trained"),
+                lambda w=way, s=sparsity: bench.pruned(w, s, steps=steps, taught=taught),
+            )
+
+
+def title(way: Way, sparsity: float, joint: bool = True) -> str:
+    """Return the name of a one-shot row."""
+    return f"{way} to {sparsity:.0%}, {'joint' if joint else 'independent'} threshold"
+
+
+MEASURES: dict[str, Callable[[Bench, Kept, str], None]] = {
+    "one-shot": one_shot, "damping": dampings, "gradual": gradual,
+}  # fmt: skip
+
+
+def parsed() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--nets", nargs="*", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    parser.add_argument("--zoo", default="runs/zoo", help="where the trained models lie")
+    parser.add_argument("--test", type=int, default=TEST, help="test images")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
+    parser.add_argument("--quick", action="store_true", help="a few samples, and no file written")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure what is asked for; write the tables once all is there."""
+    arguments = parsed()
+    torch.set_num_threads(arguments.threads)
+    out = OUT.with_name(f"{OUT.name}-quick") if arguments.quick else OUT
+    conditions: dict[str, Any] = {kind: str(net_of(kind, arguments)) for kind in NETS}
+    conditions["test"] = arguments.test
+    kept = Kept(out / "found.json", conditions, fresh=arguments.fresh)
+    for kind in arguments.nets:
+        for seed in arguments.seeds:
+            bench = Bench(kind, seed, arguments)
+            for part in arguments.parts:
+                MEASURES[part](bench, kept, f"{kind} {seed}:")
+    text = markdown(kept)
+    if arguments.quick or not complete(kept):
+        print("\n".join(text))
+        return
+    data = {"rows": kept.rows, "settings": conditions, "machine": machine(), "seeds": SEEDS}
+    write("unstructured", data, "\n".join(text))
+
+
+def complete(kept: Kept) -> bool:
+    """Return whether all nets, parts and seeds are there: the last row of each is."""
+    last = [
+        title(INDEPENDENT[-1], SPARSITIES[-1], False),
+        title(damped(list(DAMPINGS.values())[-1], NETS["mlp"]), SPARSITIES[-1]),
+        f"magnitude, gradual, trained to {GRADUAL[-1]:.0%}",
+    ]
+    return all(f"{k} {s}: {name}" in kept.rows for k in NETS for s in SEEDS for name in last)
+
+
+def markdown(kept: Kept) -> list[str]:
+    """Return the tables of what is there."""
+    lines = [
+        "# Unstructured pruning: scorers, thresholds, updates, schedules",
+        "",
+        f"Fashion-MNIST, test accuracy in % on {kept.conditions['test']:,} images (one accuracy's "
+        f"own 95 % interval about ±0.6 points with 10,000); {len(SEEDS)} seeds are {len(SEEDS)} trained nets, each with its own "
+        "draw of gradients; ± is half the 95 % interval over them (Student's t). Single-sample "
+        "gradients of the cross-entropy on training images with their labels (empirical Fisher). "
+        "Sparsity of all weight matrices together, biases and norms stay; joint: one ranking over "
+        "all layers. Block size and damping λ by a pilot on training images, for WoodFisher and "
+        "diagonal Fisher alike. No training but where it is said. Made by "
+        "`make bench-unstructured`.",
+        "",
+    ]
+    for kind, net in NETS.items():
+        if any(name.startswith(f"{kind} ") for name in kept.rows):
+            lines += [*tables(kept, kind, net), *verdicts(kept, kind), ""]
+    return [*lines, "Machine: " + "; ".join(f"{k} {v}" for k, v in machine().items()), ""]
+
+
+def tables(kept: Kept, kind: str, net: Net) -> list[str]:
+    """Return one net's tables."""
+
+    def cell(name: str) -> str:
+        return spread(kept.over(SEEDS, f"{kind} {{seed}}: {name}", "accuracy"))
+
+    def table(first: str, columns: Sequence[float], rows: dict[str, Callable[[float], str]]) -> Any:
+        heads = " | ".join(f"{s:.0%}" for s in columns)
+        yield f"| {first} | {heads} |"
+        yield f"| --- |{' --- |' * len(columns)}"
+        for title, name in rows.items():
+            yield f"| {title} | {' | '.join(cell(name(s)) for s in columns)} |"
+        yield ""
+
+    lines = [f"## {net.name}", "", f"Dense {cell('dense')} %. {net.settings()}.", ""]
+    for joint, ways in ((True, JOINT), (False, INDEPENDENT)):
+        names = {str(way): lambda s, w=way, j=joint: title(w, s, j) for way in ways}
+        lines += table(f"{'joint' if joint else 'independent'} threshold", SPARSITIES, names)
+    names = {
+        f"λ = {text}": lambda s, d=damping: title(damped(d, net), s)
+        for text, damping in DAMPINGS.items()
+    }
+    lines += table("woodfisher, joint threshold and update", SPARSITIES[1:], names)
+    once = {"woodfisher, one-shot": lambda s: title(Way("woodfisher", "joint"), s)}
+    names = once | {
+        row.replace("gradual", f"{STEPS} steps").replace(
+            "trained", f"{STEPS * net.taught} steps of training"
+        ): lambda s, r=row: f"{r} to {s:.0%}"
+        for row in ("woodfisher, gradual",
+                    *(f"{scorer}, {how}, trained" for scorer in ("woodfisher", "magnitude")
+                      for how in ("one-shot", "gradual")))
+    }  # fmt: skip
+    return lines + list(table("one-shot or gradual, joint threshold", GRADUAL, names))
+
+
+def verdicts(kept: Kept, kind: str) -> list[str]:
+    """Return whether the order is the paper's, in figures, paired by seed."""
+    prefix = f"{kind} {{seed}}: "
+    lines = ["Paired by seed, in points (95 %, Student's t):", ""]
+    for sparsity in SPARSITIES[2:]:
+        found = [kept.over(SEEDS, prefix + title(w, sparsity), "accuracy") for w in ORDER]
+        if not all(found):
+            continue
+        means = [average(values) for values in found]
+        held = all(a >= b for a, b in pairwise(means))
+        steps = "; ".join(
+            f"{a.scorer} over {b.scorer} {ahead(x, y) or f'{average(x) - average(y):+.1f}'}"
+            f"{' (not clear)' * (clear(x, y) == '=')}"
+            for a, b, x, y in zip(ORDER, ORDER[1:], found, found[1:], strict=False)
+        )
+        order = " ≥ ".join(w.scorer for w in ORDER)
+        lines.append(f"- {sparsity:.0%}: {order} {'holds' if held else 'does NOT hold'}: {steps}")
+    for sparsity in GRADUAL:
+        once = kept.over(SEEDS, prefix + title(Way("woodfisher", "joint"), sparsity), "accuracy")
+        eight = kept.over(SEEDS, f"{prefix}woodfisher, gradual to {sparsity:.0%}", "accuracy")
+        if once and eight:
+            gain = ahead(eight, once) or f"{average(eight) - average(once):+.1f}"
+            lines.append(f"- {sparsity:.0%}: {STEPS} recomputations over one-shot {gain}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
