@@ -195,8 +195,9 @@ def settings_of(spec: Sparsify, scorer: WeightScorer, seed: int) -> Spec:
     """Return the settings of one scorer's pruning; an update is only made by a block Fisher."""
     relative, absolute = spec.damping.relative, spec.damping.absolute
     damping = Damping(absolute or 0, relative=False) if relative is None else Damping(relative)
+    joint = scorer in BY_GRADIENTS if spec.joint is None else spec.joint
     return Spec(
-        spec.sparsity, scorer, parse_pattern(spec.pattern), spec.joint,
+        spec.sparsity, scorer, parse_pattern(spec.pattern), joint,
         spec.update if scorer in BY_BLOCK else "none", spec.block,
         damping, spec.steps, spec.initial, seed=seed,
     )  # fmt: skip

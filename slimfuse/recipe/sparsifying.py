@@ -96,8 +96,10 @@ class Sparsify(Strict):
         ("*",), description="Shell patterns of the parameters' names that may be pruned."
     )
     leave_out: Distinct[Text] = Field((), description="Shell patterns of those that may not.")
-    joint: bool = Field(
-        True, description="Whether all layers share one threshold, or each has the same sparsity."
+    joint: bool | None = Field(
+        None,
+        description="Whether all layers share one threshold, or each has the same sparsity; null: "
+        "one for scores of gradients, which are in units of the loss, else each its own.",
     )
     update: Literal["none", "single", "joint"] | None = Field(
         None,
@@ -190,7 +192,7 @@ def _sparsity_findings(raw: Mapping[str, Any], pattern: Any) -> list[Finding]:
             what = f"pattern {pattern} has a sparsity of its own"
             findings.append(Finding(("sparsity",), what, allowed=f"null or {own:g}"))
         sparsity = own
-        if raw.get("joint", True) is False:
+        if raw.get("joint") is not None:
             what = f"has no effect: pattern {pattern} decides group by group"
             findings.append(Finding(("joint",), what, allowed="with another pattern"))
     elif sparsity is None and ":" not in str(pattern):  # else that is what is to be mended

@@ -9,6 +9,7 @@ import pytest
 from tiny_run import recipe, write_recipe
 
 from slimfuse.errors import RecipeError, UserError
+from slimfuse.pipeline.sparse import settings_of
 from slimfuse.recipe import load_recipe
 from slimfuse.recipe.models import RESERVED_NAMES
 from slimfuse.recipe.sparsifying import (
@@ -32,11 +33,19 @@ def test_the_recipe_names_what_the_library_has() -> None:
     updates = get_args(get_args(Sparsify.model_fields["update"].annotation)[0])
     assert set(updates) == set(get_args(obs.Update))
     spec, own = Spec(0.5), Sparsify(sparsity=0.5)
-    assert (own.scorer, own.joint, own.block, own.steps, own.initial, own.pattern) == (
-        spec.scorer, spec.joint, spec.block, spec.steps, spec.initial, str(spec.pattern)
+    assert (own.scorer, own.block, own.steps, own.initial, own.pattern) == (
+        spec.scorer, spec.block, spec.steps, spec.initial, str(spec.pattern)
     )  # fmt: skip
     assert own.damping.relative == spec.damping.value and spec.damping.relative
     assert {"sparse", *(f"sparse-{name}" for name in WEIGHT_SCORERS)} <= set(RESERVED_NAMES)
+
+
+def test_scores_of_gradients_share_one_threshold() -> None:
+    joint = {s: settings_of(Sparsify(sparsity=0.5), s, 0).joint for s in get_args(WeightScorer)}
+    assert {s for s, one in joint.items() if one} == set(BY_GRADIENTS)
+    for asked in (True, False):
+        spec = Sparsify(sparsity=0.5, joint=asked)
+        assert all(settings_of(spec, s, 0).joint is asked for s in get_args(WeightScorer))
 
 
 @pytest.mark.parametrize(
