@@ -373,7 +373,8 @@ def markdown(kept: Kept) -> list[str]:
         "",
         f"Fashion-MNIST, test accuracy in % on {kept.conditions['test']:,} images (one accuracy's "
         f"own 95 % interval about ±0.6 points with 10,000); {len(SEEDS)} seeds are {len(SEEDS)} "
-        "trained nets, each with its own draw of gradients; ± is half the 95 % interval over them (Student's t). Single-sample "
+        "trained nets, each with its own draw of gradients; ± is half the 95 % interval over "
+        "them (Student's t). Single-sample "
         "gradients of the cross-entropy on training images with their labels (empirical Fisher). "
         "Sparsity of all weight matrices together, biases and norms stay; joint: one ranking over "
         "all layers. Block size and damping λ by a pilot on training images, for WoodFisher and "
