@@ -52,6 +52,9 @@ bench-saliency-cost: install
 bench-unstructured: install
 	$(BIN)/python benchmarks/unstructured.py
 
+bench-sparse-onnx: install
+	$(BIN)/python benchmarks/sparse_onnx.py
+
 bench-structured: install
 	$(BIN)/python benchmarks/structured.py
 
