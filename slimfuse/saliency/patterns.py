@@ -21,6 +21,8 @@ from slimfuse.saliency.inverse import runs
 # where the weights of a module have its inputs; transformers' Conv1D is a transposed linear layer
 INPUT_AXIS: dict[str, int] = {"Linear": 1, "Conv1d": 1, "Conv2d": 1, "Conv3d": 1, "Conv1D": 0}
 
+NAMED = 4  # layers in an error
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -97,7 +99,7 @@ class Pattern:
         return "unstructured" if self.size == 1 else f"{self.rows}x{self.columns}"
 
     def check(self, layers: Sequence[Layer]) -> None:
-        """Raise ShapeError that names every layer that isn't made of whole groups."""
+        """Raise ShapeError that names layers that aren't made of whole groups."""
         bad = [
             f"{layer.name} {layer.shape}"
             for layer in layers
@@ -105,9 +107,10 @@ class Pattern:
                                   % self.columns)
         ]  # fmt: skip
         if bad:
+            more = [f"{len(bad) - NAMED} more"] if len(bad) > NAMED else []
             raise ShapeError(
                 f"layers can't be cut into groups of the pattern {self}",
-                got="; ".join(bad),
+                got="; ".join(bad[:NAMED] + more),
                 allowed=f"outputs in {self.rows}s and inputs in {self.columns}s",
                 hint="leave these layers out",
             )
