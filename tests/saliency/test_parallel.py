@@ -111,6 +111,7 @@ def in_one(rank: int, port: int, root: Path) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",  # as launchers set it, or accelerate warns
     }  # fmt: skip
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
