@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -21,13 +22,13 @@ from slimfuse.saliency.fisher import (
     Sums,
     accumulate,
     agreed,
-    plan,
     sweep,
 )
-from slimfuse.saliency.gradients import Batches, BatchLoss, count_rows
+from slimfuse.saliency.gradients import Batches, BatchLoss, count_rows, gradients
 from slimfuse.saliency.inverse import Route, choose, cut_rows
 from slimfuse.saliency.masks import Masks
 from slimfuse.saliency.patterns import UNSTRUCTURED, Layer, lowest, prunable
+from slimfuse.saliency.sparsify_plan import of, units
 from slimfuse.saliency.sparsify_spec import Spec, cubic
 from slimfuse.saliency.sparsify_state import (
     LayerRecord,
@@ -39,6 +40,7 @@ from slimfuse.saliency.sparsify_state import (
     noise_of,
     restore,
 )
+from slimfuse.saliency.step_length import step_length
 from slimfuse.saliency.weight_scores import WEIGHT_SCORERS, Blocks
 
 T = TypeVar("T")
@@ -113,6 +115,7 @@ def weight_scores(
     single = replace(spec, pattern=UNSTRUCTURED, sparsity=spec.final)
     run = _Run(model, loss, batches, single, layers, per_sample, reduce, None)
     run.begin(None)
+    run.measure_step()
     for passes in run.units():
         run.score(passes)
     return {la.name: run.joined(run.state.scores, la).view(la.shape) for la in run.layers}
@@ -144,6 +147,7 @@ class _Run(Generic[T]):
         self.parameters = dict(model.named_parameters())
         self.samples, self.route = self._samples_and_route()
         self.saved = time.monotonic()
+        self.length = 1.0
         self.digest = fingerprint(spec, self.layers, self.samples, per_sample)
 
     def _samples_and_route(self) -> tuple[int, Route | None]:
@@ -190,6 +194,7 @@ class _Run(Generic[T]):
     def step(self, share: float) -> None:
         """Prune to a share of zeros."""
         chosen: dict[str, Tensor] = {}
+        self.measure_step()
         for passes in self.units():
             sums = self.score(passes)
             kept = self._choose(passes, share)
@@ -206,14 +211,38 @@ class _Run(Generic[T]):
         self.state.kept = chosen
         self.state.begin()
 
+    def measure_step(self) -> None:
+        """Set how far the step along −h goes, where the scorer makes one; see `step_length`."""
+        self.length = 1.0
+        if not self.scorer.gradient:
+            return
+        steps: dict[str, Tensor] = {}
+        damped = 0.0
+
+        def step(_where: slice, blocks: Blocks) -> Tensor:
+            assert blocks.inverse is not None and blocks.gradient is not None
+            return obs.newton(blocks.inverse, blocks.gradient).flatten()
+
+        for parts in (parts for passes in self.units() for parts in passes):
+            sums = self._sums(parts)
+            for part in parts:
+                found = torch.cat(self._sweep(part, sums[part.key], step))
+                steps[part.key] = found[: part.weights.stop - part.weights.start]
+                damped += self.state.dampings[part.key] * float(found.square().sum())
+        whole = {la.name: self.pattern.back(la, self.joined(steps, la)) for la in self.layers}
+        stream = gradients(self.model, self.loss, self.batches(), list(whole),
+                           per_sample=self.per_sample, seed=self.spec.seed)  # fmt: skip
+        with closing(stream):
+            self.length = step_length(stream, whole, damped, self.reduce)
+
     def _record(self, chosen: Mapping[str, Tensor]) -> None:
         """Keep what the step did to every layer, and to all."""
         costs, dampings = self.state.costs, self.state.dampings
         self.state.layers = [
             LayerRecord(
                 la.name, la.shape, la.size, int(chosen[la.name].sum()),
-                sum(own) if (own := [c for k, c in costs.items() if _of(k, la)]) else None,
-                next((v for k, v in dampings.items() if _of(k, la)), None),
+                sum(own) if (own := [c for k, c in costs.items() if of(k, la)]) else None,
+                next((v for k, v in dampings.items() if of(k, la)), None),
             )
             for la in self.layers
         ]  # fmt: skip
@@ -222,25 +251,9 @@ class _Run(Generic[T]):
         self.state.records.append(StepRecord(self.state.step + 1, 1 - kept / total, increase))
 
     def units(self) -> list[list[list[Part]]]:
-        """Return what is decided together: all layers (joint), or those that share a pass."""
-        block = self.spec.block or max(layer.size for layer in self.layers)
-        block = -(-block // self.pattern.size) * self.pattern.size
-        if self.route is None:
-            passes = [[Part(la, min(block, la.size), 0, -(-la.size // min(block, la.size)))
-                       for la in self.layers]]  # fmt: skip
-        else:
-            item = max(4, *(self.parameters[la.name].dtype.itemsize for la in self.layers))
-            passes = plan(self.layers, block, self.samples, self.route,
-                          memory=self.spec.memory, itemsize=item)  # fmt: skip
-        if self.spec.joint and self.pattern.keep is None:
-            return [passes]
-        units: list[list[list[Part]]] = []
-        for parts in passes:
-            if units and units[-1][-1][-1].layer == parts[0].layer:  # a layer that was cut
-                units[-1].append(parts)
-            else:
-                units.append([parts])
-        return units
+        """Return what is decided together; see `sparsify_plan`."""
+        item = max(4, *(self.parameters[la.name].dtype.itemsize for la in self.layers))
+        return units(self.layers, self.spec, self.samples, self.route, item)
 
     def score(self, passes: Sequence[Sequence[Part]]) -> dict[str, Sums]:
         """Score all parts that aren't scored; return sums that the updates may use again."""
@@ -346,7 +359,7 @@ class _Run(Generic[T]):
             damping = self.spec.damping.of(sums.mean_diagonal)
             self.state.dampings[part.key] = damping
             if self.scorer.gradient:
-                gradient = cut_rows(sums.mean_gradient()[None], part.block)[:, 0]
+                gradient = cut_rows(self.length * sums.mean_gradient()[None], part.block)[:, 0]
 
         def visited(where: slice) -> R:
             inverse = None
@@ -371,7 +384,7 @@ class _Run(Generic[T]):
 
     def joined(self, parts: Mapping[str, Tensor], layer: Layer) -> Tensor:
         """Return what a layer's parts have, one after the other."""
-        own = [(int(k.rpartition(":")[2]), v) for k, v in parts.items() if _of(k, layer)]
+        own = [(int(k.rpartition(":")[2]), v) for k, v in parts.items() if of(k, layer)]
         return torch.cat([v for _, v in sorted(own, key=lambda pair: pair[0])])
 
     def masks(self) -> Masks:
@@ -385,8 +398,3 @@ class _Run(Generic[T]):
         if self.checkpoint is not None and self.main and (now or old):
             self.state.save(self.checkpoint, self.model, self.digest)
             self.saved = time.monotonic()
-
-
-def _of(key: str, layer: Layer) -> bool:
-    """Whether a part's key is one of a layer."""
-    return key.rpartition(":")[0] == layer.name
