@@ -80,7 +80,8 @@ RECIPES = {"vit": Path("recipes/vit/fashion-mnist.yaml"),
 CASES = {
     "vit": Case(
         "ViT 6 × 128 twice, Fashion-MNIST", RECIPES["vit"],
-        ("zoo/fashion-{seed}-a", "zoo/fashion-{seed}-b"), "zoo/anchor-{seed}", "pairs of parents",
+        ("zoo/fashion-{seed}-a", "zoo/fashion-{next}-a"), "zoo/anchor-{seed}",
+        "pairs of three parents, 0 1, 1 2 and 2 0, so that each stands in two of them",
     ),
     "bert-tiny": Case(
         "BERT-tiny 2 × 128 twice, WordNet", RECIPES["bert"],
@@ -102,7 +103,8 @@ class Bench:
         self.case, self.out = CASES[kind], out / f"{kind}-{seed}"
         self.steps = QUICK_STEPS if arguments.quick else STEPS
         runs = Path(arguments.runs)
-        a, b = (_only(runs, p.format(seed=seed)) for p in self.case.parents)
+        following = (seed + 1) % len(SEEDS)
+        a, b = (_only(runs, p.format(seed=seed, next=following)) for p in self.case.parents)
         self.shared = (
             *seeded(seed, arguments.threads), *(QUICK if arguments.quick else SETTINGS),
             f"parents=[{{name: a, from: {a}}}, {{name: b, from: {b}}}]",

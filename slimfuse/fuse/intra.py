@@ -65,13 +65,15 @@ class IntraSettings:
 
     saliency: which units stay, and the masses of all ("uniform": by energy, with equal masses).
     cost: "activations" 2(1 − ρ), "weights" |w_i − w_j|² of what writes them, or both. targets: the
-    mass of a kept unit: its own, that of all that are nearest to it, or the same for all.
+    mass of a kept unit: its own, that of all that are nearest to it, or the same for all. seed: of
+    the saliency's random numbers, where it has any.
     """
 
     saliency: Saliency = "mask-fisher"
     cost: Cost = "activations"
     targets: Targets = "nearest"
     solver: Solver = field(default_factory=Solver)
+    seed: int = 0
 
 
 def intra_fuse(
@@ -122,7 +124,7 @@ class Merge:
         self.state = {n: p.detach().double().cpu() for n, p in model.named_parameters()}
         self.query_scale = family.query_scale(configs[0], configs[1])
         rows = count_rows(model, self.layout, batches())
-        asked = subject(model, family, batches, rows)
+        asked = subject(model, family, batches, rows, settings.seed)
         kind = "energy" if settings.saliency == "uniform" else settings.saliency
         # queries aren't read linearly: those who score by what is read leave them to their norm
         self.scores: Scores = score("magnitude", asked) | score(kind, asked)

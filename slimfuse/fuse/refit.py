@@ -47,7 +47,7 @@ class Settings:
     ridge: relative to the mean diagonal; None: by leave-one-sequence-out. layers: the deepest
     parent's blocks that each target block stands for; None: by similarity. solver: of the plans
     that `stream: ot` and `units: ot` ask for. saliency: what a unit counts where units are chosen
-    by it, or merged by plans; see `scoring`.
+    by it, or merged by plans; see `scoring`. seed: of its random numbers, where it has any.
     """
 
     stream: StreamMethod = "pca"
@@ -57,6 +57,7 @@ class Settings:
     ridge: Ridge = None
     solver: Solver = EXACT
     layers: tuple[tuple[int, ...], ...] | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def refit(
         scored = None
         if settings.units in ("saliency", "ot", "cluster") and by_gradients(settings.saliency):
             scored = saliencies([p.model for p in parents], family, batches, settings.saliency,
-                                weights, rows=rows)  # fmt: skip
+                                weights, rows=rows, seed=settings.seed)  # fmt: skip
         union = Union(parents, family, segments, scored)
         check_heads(union, family.atlas(target.config), own, settings.heads)
         by_gradient = settings.stream == "gradient-pca"

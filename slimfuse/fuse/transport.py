@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from slimfuse.fuse.union import Parent
 from slimfuse.progress import track
 from slimfuse.saliency import Scores, score
 from slimfuse.saliency.diagonal import traces
+from slimfuse.spaces import Role
 
 __all__ = ["MapRecord", "TransportFusion", "TransportSettings", "fuse_by_transport"]
 
@@ -132,15 +134,41 @@ def _weighed(
         return {}, []
     rows = count_rows(anchor, family.layout(anchor.config), batches())
     if fisher:
-        found = [traces(subject(m, family, batches, 4 * rows)) for m in models]
+        seen = [subject(m, family, batches, 4 * rows, settings.seed) for m in models]
+        scales = [coordinate_scales(family, m.config, anchor.config) for m in models]
+        found = [traces(own, scale) for own, scale in zip(seen, scales, strict=True)]
         for name in found[0]:
             parts = [w * f[name] for w, f in zip(weights, found, strict=True)]
             total = sum(parts)
             tensors[name] = tuple(p / total for p in parts) if total > 0 else tuple(weights)
     if not settings.scored:
         return tensors, []
-    scores = [score(settings.saliency, subject(m, family, batches, rows)) for m in models]
-    return tensors, scores
+    asked = [subject(m, family, batches, rows, settings.seed) for m in models]
+    return tensors, [score(settings.saliency, one) for one in asked]
+
+
+def coordinate_scales(family: Family, config: Any, anchor: Any) -> dict[str, float]:
+    """Return by how much a tensor's squared gradients grow in the anchor's coordinates.
+
+    What writes n units into m of the anchor's stands for n/m copies of each: a step of the moved
+    tensor is a step of all of them, so its gradient is their sum, n/m times one's. Readers share
+    theirs out among the copies, whose gradients are alike. Exact for units that were copied
+    equally often; queries also carry the scale of their scores.
+    """
+    atlas, narrow = family.atlas(config), family.atlas(anchor)
+    queries = {f"{block.q}.{part}" for block in family.layout(config).blocks
+               for part in ("weight", "bias")}  # fmt: skip
+    found = {}
+    for name, axes in atlas.axes.items():
+        copies = prod(
+            atlas.spaces[leg.space].size / narrow.spaces[leg.space].size
+            for axis in axes
+            for leg in axis
+            if leg.role is Role.WRITE
+        )
+        scale = family.query_scale(config, anchor) if name in queries else 1.0
+        found[name] = (copies / scale) ** 2
+    return found
 
 
 def _shares(parents: Sequence[float], anchor: float | None) -> list[float]:

@@ -36,7 +36,7 @@ class TransportSettings:
     them; "crossed" is one plan over all heads' units. tokens, window: see `kept_tokens`.
     anchor_weight: the anchor's share in 0 … 1 (None: as much as a parent of weight 1).
     parent_weights: "fisher" multiplies the shares of every tensor by the tensors' mean diagonal
-    Fisher (`saliency.diagonal.traces`).
+    Fisher (`saliency.diagonal.traces`). seed: of saliencies' random numbers, where they have any.
     """
 
     solver: Solver = field(default_factory=Solver)
@@ -50,6 +50,7 @@ class TransportSettings:
     anchor_weight: float | None = None
     saliency: Saliency = "energy"
     parent_weights: ParentWeights = "equal"
+    seed: int = 0
 
     @property
     def scored(self) -> bool:

@@ -343,6 +343,7 @@ class Stages(BaseStages):
                 goals=lambda: self.teaching.goals(jobs, [q.model for q in loaded]),
                 own=recipe.fuse.method,
                 scratch=folder,
+                seed=recipe.runtime.seed,
             )
             record = METHODS[method](given)
             told = getattr(loaded[0].model, "generation_config", None) if loaded else None

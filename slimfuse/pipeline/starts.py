@@ -36,7 +36,8 @@ class Ingredients:
 
     parents: the widest first; batches: unlabelled calibration inputs, the same each time; anchor:
     opens the trained narrow model of `fuse.ot.anchor`; goals: returns those of the head, None for
-    the mean of the parents' logits; own: the recipe's method; scratch: a folder that is emptied.
+    the mean of the parents' logits; own: the recipe's method; scratch: a folder that is emptied;
+    seed: the run's.
     """
 
     parents: list[Parent]
@@ -49,6 +50,7 @@ class Ingredients:
     goals: Callable[[], Goals | None]
     own: Method
     scratch: Path
+    seed: int
 
     @property
     def first(self) -> nn.Module:
@@ -71,7 +73,7 @@ def solver_of(ot: Plans) -> Solver:
     return Solver(ot.solver, reg, ot.effective_units, ot.marginal_reg, ot.mass)
 
 
-def settings_of(fuse: Fuse) -> Settings:
+def settings_of(fuse: Fuse, seed: int = 0) -> Settings:
     """Return the settings of a refit that a recipe asks for."""
     return Settings(
         stream=fuse.stream,
@@ -81,14 +83,16 @@ def settings_of(fuse: Fuse) -> Settings:
         ridge=None if fuse.ridge == "auto" else fuse.ridge,
         solver=solver_of(fuse.ot),
         layers=fuse.layers,
+        seed=seed,
     )
 
 
 def by_refit(given: Ingredients) -> Record:
     """Fuse by least squares, block by block (fusion.md §3-5)."""
     fusion = refit(
-        given.parents, given.target, given.family, given.batches, settings_of(given.fuse),
-        n_batches=given.n_batches, goals=given.goals(), scratch=given.scratch,
+        given.parents, given.target, given.family, given.batches,
+        settings_of(given.fuse, given.seed), n_batches=given.n_batches, goals=given.goals(),
+        scratch=given.scratch,
     )  # fmt: skip
     return refitted(fusion, [p.name for p in given.parents])
 
@@ -136,7 +140,7 @@ def _narrowed(given: Ingredients, whole: nn.Module, importance: Tensor) -> Recor
         return {}
     fusion = refit(
         [Parent("average", whole)], given.target, given.family, given.batches,
-        settings_of(given.fuse), n_batches=given.n_batches, scratch=given.scratch,
+        settings_of(given.fuse, given.seed), n_batches=given.n_batches, scratch=given.scratch,
     )  # fmt: skip
     return refitted(fusion, ["average"])
 
@@ -152,6 +156,7 @@ def by_transport(given: Ingredients) -> Record:
         solver=solver_of(ot), cost=ot.cost, masses=ot.masses, residual=ot.residual, qk=ot.qk,
         heads=ot.heads, tokens=ot.tokens, window=ot.window, anchor_weight=ot.anchor_weight,
         saliency=given.fuse.saliency or "energy", parent_weights=given.fuse.parent_weights,
+        seed=given.seed,
     )  # fmt: skip
     fusion = fuse_by_transport(
         given.parents, anchor, given.target, given.family, given.batches, settings,
@@ -180,8 +185,9 @@ def by_merging(given: Ingredients) -> Record:
     fuse, name = given.fuse, given.parents[0].name
     default = IntraSettings()
     settings = IntraSettings(
-        saliency=fuse.saliency or default.saliency, cost=fuse.ot.cost, solver=solver_of(fuse.ot)
-    )
+        saliency=fuse.saliency or default.saliency, cost=fuse.ot.cost, solver=solver_of(fuse.ot),
+        seed=given.seed,
+    )  # fmt: skip
     found = intra_fuse(given.first, given.target, given.family, given.batches, settings, name=name)
     return transported(found, [name])
 

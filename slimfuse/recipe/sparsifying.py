@@ -25,7 +25,7 @@ WeightScorer = Literal["woodfisher", "woodtaylor", "diagonal-fisher", "magnitude
 BY_BLOCK = ("woodfisher", "woodtaylor")
 """Scorers that need the block Fisher, which an update of the other weights goes by."""
 BY_GRADIENTS = (*BY_BLOCK, "diagonal-fisher")
-DAMPING = 1e-2
+DAMPING = 0.1
 PATTERN = r"^(unstructured|[1-9][0-9]*:[1-9][0-9]*|[1-9][0-9]*x[1-9][0-9]*)$"
 
 
@@ -41,7 +41,9 @@ class Damping(Strict):
     """What is added to the Fisher's diagonal, by one of two measures."""
 
     relative: Positive | None = Field(
-        None, description="Share of the mean diagonal of each layer; moves with the loss's scale."
+        None,
+        description="Share of each layer's mean diagonal; where layers share a threshold, of the "
+        "geometric mean of that and the mean over all. Moves with the loss's scale.",
     )
     absolute: Positive | None = Field(
         None, description="In units of the squared gradient, as in the papers (1e-5, 1e-7)."

@@ -73,7 +73,8 @@ def observed(subject: Subject, where: Sequence[Site]) -> dict[str, Moments]:
             mask = token_mask(inputs)
 
             def touch(site: Site, _path: str, x: Tensor, mask: Tensor | None = mask) -> None:
-                real = x[mask] if mask is not None and x.shape[:2] == mask.shape else x
+                of_tokens = mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape
+                real = x[mask] if of_tokens else x  # a pooler's units are one row a sample
                 seen[site.name].update(x=real.reshape(-1, site.units))
 
             with Hooked(subject.model, behind, touch):

@@ -30,6 +30,17 @@ SampleLoss = Callable[[Any, Tensor], Tensor]
 """Losses (samples,) of what a net returned for a batch, and its labels."""
 
 
+def per_channel(layer: nn.Module, values: Tensor, side: str) -> Tensor:
+    """Return values of a layer's weights, summed over each "input" or "output" channel (1, n).
+
+    A group of a convolution reads its own inputs only.
+    """
+    if side == "output":
+        return values.flatten(1).sum(1)[None]
+    grouped = values.unflatten(0, (int(getattr(layer, "groups", 1)), -1))
+    return grouped.sum([1, *range(3, grouped.ndim)]).reshape(1, -1)
+
+
 class GroupImportance(Importance):  # type: ignore[misc]
     """Scores (channels,) of torch-pruning's groups of channels.
 
@@ -45,10 +56,7 @@ class GroupImportance(Importance):  # type: ignore[misc]
         """Return |w|² (1, channels) of the weights that read or write each channel."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        dim = int(side == "input")
-        grouped = int(getattr(layer, "groups", 1))
-        found = weight.detach().square().sum([d for d in range(weight.ndim) if d != dim])
-        return found.repeat(grouped if dim else 1)[None].double().cpu()
+        return per_channel(layer, weight.detach().double().cpu().square(), side)
 
     def settle(self, values: Tensor, weights: Tensor) -> Tensor:
         """Return scores (channels,) of a group's sums of both."""
@@ -138,6 +146,7 @@ class MaskFisherImportance(GroupImportance):
         try:
             with torch.enable_grad():
                 losses = self.loss(net(inputs), labels)
+                _check_rows(masks, len(losses))
                 found = torch.autograd.grad(losses.sum(), list(masks.values()), allow_unused=True)
         finally:
             for handle in handles:
@@ -198,13 +207,23 @@ class WeightImportance(GroupImportance):
                 where=type(layer).__name__,
                 allowed="scores of the weights of all linear and convolutional layers",
             )
-        found, dim = self.scores[layer].double().cpu(), int(side == "input")
-        total = found.sum([d for d in range(found.ndim) if d != dim])
-        return total.repeat(getattr(layer, "groups", 1) if dim else 1)[None]
+        return per_channel(layer, self.scores[layer].double().cpu(), side)
 
     def settle(self, values: Tensor, weights: Tensor) -> Tensor:
         """Return the sums."""
         return values[0]
+
+
+def _check_rows(masks: Mapping[tuple[nn.Module, str], Tensor], samples: int) -> None:
+    """Demand that what a layer sees has one row a sample: a mask multiplies a whole sample's."""
+    for (layer, side), mask in masks.items():
+        if len(mask) != samples:
+            raise UserError(
+                "a layer folds something else into the axis of samples",
+                where=f"{side} of {layer}",
+                got=f"{len(mask)} rows, {samples} losses",
+                hint="score such a net by its weights (WeightImportance)",
+            )
 
 
 def _cross_entropy(output: Any, labels: Tensor) -> Tensor:

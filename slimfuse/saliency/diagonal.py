@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -46,15 +46,21 @@ def diagonal(subject: Subject, names: Sequence[str]) -> dict[str, Tensor]:
     return {name: (found / count).cpu() for name, found in total.items()}
 
 
-def traces(subject: Subject) -> dict[str, float]:
+def traces(subject: Subject, scales: Mapping[str, float] | None = None) -> dict[str, float]:
     """Return the mean E_n (∂L_n/∂w)² of every tensor's weights, their mean over tensors 1.
+
+    scales: of the squared gradients by tensor, where models are compared that have other units.
 
     What a tensor counts in a Fisher-weighted average by tensors (Matena & Raffel 2022, arXiv
     2111.09832, weights by tensor instead of by entry). The common factor is left out: models
     differ in how sure they are, and a parent's own weight says how much it counts.
     """
     names = list(subject.atlas.axes)
-    means = {name: float(found.mean()) for name, found in diagonal(subject, names).items()}
+    scale = scales or {}
+    means = {
+        name: scale.get(name, 1.0) * float(found.mean())
+        for name, found in diagonal(subject, names).items()
+    }
     whole = sum(means.values()) / len(means)
     return {name: mean / whole if whole > 0 else 1.0 for name, mean in means.items()}
 

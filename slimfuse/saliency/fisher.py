@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slimfuse.errors import SlimfuseError
 from slimfuse.progress import track
-from slimfuse.saliency.gradients import BatchLoss, gradients
+from slimfuse.saliency.gradients import Batches, BatchLoss, gradients
 from slimfuse.saliency.inverse import (
     BlockInverse,
     DiagonalInverse,
@@ -260,3 +260,37 @@ def accumulate(
             own.add(parameters[layer.name].new_zeros(0, layer.size))
         own.finish(reduce)
     return sums
+
+
+def mean_square(
+    model: nn.Module,
+    loss: BatchLoss[T],
+    batches: Batches[T],
+    layers: Sequence[Layer],
+    sums: Iterable[Sums],
+    *,
+    per_sample: bool = False,
+    seed: int = 0,
+    reduce: Reduce | None = None,
+) -> float:
+    """Return the mean of g² over gradients and all weights of `layers`.
+
+    sums: of some parts, finished; layers that have none are seen in a pass of their own.
+    """
+    known = {own.part.layer.name: own.mean_diagonal for own in sums}
+    left = [layer for layer in layers if layer.name not in known]
+    if left:
+        totals = torch.zeros(len(left), dtype=torch.float64)
+        count = torch.zeros(1, dtype=torch.float64)
+        names = [layer.name for layer in left]
+        stream = gradients(model, loss, batches(), names, per_sample=per_sample, seed=seed)
+        with closing(stream):
+            for found in stream:
+                count += len(found[names[0]])
+                norms = [torch.linalg.vector_norm(found[n], dtype=torch.float64) for n in names]
+                totals += torch.stack(norms).cpu().square()
+        if reduce is not None:
+            totals, count = reduce(totals), reduce(count)
+        means = (totals / count).tolist()
+        known |= {la.name: mean / la.size for la, mean in zip(left, means, strict=True)}
+    return sum(known[la.name] * la.size for la in layers) / sum(la.size for la in layers)

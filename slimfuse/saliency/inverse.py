@@ -22,13 +22,15 @@ Route = Literal["gram", "samples", "rank-one", "diagonal"]
 
 @dataclass(frozen=True)
 class Damping:
-    """λ: `value` times the mean diagonal of a layer's (1/m) Σ g gᵀ, or `value` itself.
+    """λ: `value` times a mean diagonal of (1/m) Σ g gᵀ, or `value` itself.
 
-    Relative damping moves with the scale of the loss; absolute values are those of the papers
-    (WoodFisher 1e-5, oBERT 1e-7). Raises UserError for a value that is not positive.
+    Of a layer by itself it is that layer's mean; where layers are compared, the geometric mean of
+    the layer's and that of all (docs/decisions/0013). Relative damping moves with the scale of
+    the loss; absolute values are those of the papers (WoodFisher 1e-5, oBERT 1e-7). Raises
+    UserError for a value that is not positive.
     """
 
-    value: float = 1e-2
+    value: float = 0.1
     relative: bool = True
 
     def __post_init__(self) -> None:
@@ -36,7 +38,7 @@ class Damping:
             raise UserError(
                 "damping must be positive: without it the Fisher has no inverse",
                 got=self.value,
-                allowed="a finite number above 0, 0.01 of the mean diagonal by default",
+                allowed="a finite number above 0, 0.1 of the mean diagonal by default",
             )
 
     def of(self, mean_diagonal: float) -> float:

@@ -12,6 +12,7 @@ from slimfuse.batch import Inputs, token_mask
 from slimfuse.errors import UserError
 from slimfuse.saliency.units import Loss
 
+DRAWN = 1 << 22  # probabilities of one draw, which float64 holds
 IGNORED = -100  # a label that doesn't count, as in torch
 
 
@@ -52,20 +53,26 @@ class OwnAnswers:
     def __call__(self, output: Any, inputs: Inputs, labels: Tensor | None) -> Tensor:
         """Return −log p of one drawn answer a sample (samples,); labels aren't looked at."""
         z = logits_of(output)
-        told = z.detach().double().cpu()
-        if z.shape[-1] == 1:
-            noise = torch.randn(told.shape, generator=self.generator, dtype=told.dtype)
-            return (noise.to(z) * z).flatten(1).sum(1)
+        rows = z.detach().flatten(0, -2)
         if self.several:
-            drawn = torch.bernoulli(told.sigmoid(), generator=self.generator).to(z)
+            shares = rows.double().cpu().sigmoid()
+            drawn = torch.bernoulli(shares, generator=self.generator).view(z.shape).to(z)
             each = nn.functional.binary_cross_entropy_with_logits(z, drawn, reduction="none")
             return each.flatten(1).sum(1)
-        shares = told.softmax(-1).flatten(0, -2)
-        picked = torch.multinomial(shares, 1, generator=self.generator)[:, 0].view(told.shape[:-1])
+        if z.shape[-1] == 1:
+            noise = torch.randn(z.shape, generator=self.generator, dtype=torch.float64)
+            return (noise.to(z) * z).flatten(1).sum(1)
+        few = max(1, DRAWN // rows.shape[1])
+        picked = torch.cat([self._pick(part) for part in rows.split(few)]).view(z.shape[:-1])
         mask = token_mask(inputs)
         if z.ndim == 3 and mask is not None:
             picked = picked.masked_fill(~mask.cpu(), IGNORED)
         return _categorical(z, picked)
+
+    def _pick(self, rows: Tensor) -> Tensor:
+        """Return one class a row (n,), drawn from the softmax of its logits."""
+        shares = rows.double().cpu().softmax(-1)
+        return torch.multinomial(shares, 1, generator=self.generator)[:, 0]
 
 
 class Features:

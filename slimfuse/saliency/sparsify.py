@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -16,14 +15,7 @@ from torch import Tensor, nn
 from slimfuse.errors import UserError
 from slimfuse.progress import track
 from slimfuse.saliency import obs
-from slimfuse.saliency.fisher import (
-    Part,
-    Reduce,
-    Sums,
-    accumulate,
-    agreed,
-    sweep,
-)
+from slimfuse.saliency.fisher import Part, Reduce, Sums, accumulate, agreed, mean_square, sweep
 from slimfuse.saliency.gradients import Batches, BatchLoss, count_rows, gradients
 from slimfuse.saliency.inverse import Route, choose, cut_rows
 from slimfuse.saliency.masks import Masks
@@ -163,7 +155,8 @@ class _Run(Generic[T]):
         if self.reduce is not None:
             return samples, "gram"  # the only sums
         largest = max(layer.size for layer in self.layers)
-        way = self.spec.route or choose(samples, min(self.spec.block or largest, largest))
+        block = -(-(self.spec.block or largest) // self.pattern.size) * self.pattern.size
+        way = self.spec.route or choose(samples, min(block, largest))
         return samples, way
 
     def begin(self, masks: Masks | None) -> State:
@@ -200,6 +193,7 @@ class _Run(Generic[T]):
             kept = self._choose(passes, share)
             self._update(passes, kept, sums)
             chosen |= kept
+            sums = {}
         if self.reduce is not None:
             check_alike([*chosen.values(), *self.state.new.values()], self.reduce)
         self.save(now=True)  # the model is still the one that the parts were made from
@@ -207,9 +201,7 @@ class _Run(Generic[T]):
             new = self.pattern.back(layer, self.joined(self.state.new, layer))
             with torch.no_grad():
                 self.parameters[layer.name].copy_(new)
-        self._record(chosen)
-        self.state.kept = chosen
-        self.state.begin()
+        self.state.end(self.layers, chosen)
 
     def measure_step(self) -> None:
         """Set how far the step along −h goes, where the scorer makes one; see `step_length`."""
@@ -223,32 +215,22 @@ class _Run(Generic[T]):
             assert blocks.inverse is not None and blocks.gradient is not None
             return obs.newton(blocks.inverse, blocks.gradient).flatten()
 
+        sums: dict[str, Sums] = {}
         for parts in (parts for passes in self.units() for parts in passes):
+            sums = {}  # gone before the next ones are made
             sums = self._sums(parts)
             for part in parts:
                 found = torch.cat(self._sweep(part, sums[part.key], step))
                 steps[part.key] = found[: part.weights.stop - part.weights.start]
                 damped += self.state.dampings[part.key] * float(found.square().sum())
+        sums = {}
         whole = {la.name: self.pattern.back(la, self.joined(steps, la)) for la in self.layers}
-        stream = gradients(self.model, self.loss, self.batches(), list(whole),
-                           per_sample=self.per_sample, seed=self.spec.seed)  # fmt: skip
-        with closing(stream):
-            self.length = step_length(stream, whole, damped, self.reduce)
 
-    def _record(self, chosen: Mapping[str, Tensor]) -> None:
-        """Keep what the step did to every layer, and to all."""
-        costs, dampings = self.state.costs, self.state.dampings
-        self.state.layers = [
-            LayerRecord(
-                la.name, la.shape, la.size, int(chosen[la.name].sum()),
-                sum(own) if (own := [c for k, c in costs.items() if of(k, la)]) else None,
-                next((v for k, v in dampings.items() if of(k, la)), None),
-            )
-            for la in self.layers
-        ]  # fmt: skip
-        kept, total = (sum(getattr(r, n) for r in self.state.layers) for n in ("kept", "weights"))
-        increase = sum(costs.values()) if costs else None
-        self.state.records.append(StepRecord(self.state.step + 1, 1 - kept / total, increase))
+        def seen() -> Iterable[Mapping[str, Tensor]]:
+            return gradients(self.model, self.loss, self.batches(), list(whole),
+                             per_sample=self.per_sample, seed=self.spec.seed)  # fmt: skip
+
+        self.length = step_length(self.model, seen, whole, damped, self.reduce)
 
     def units(self) -> list[list[list[Part]]]:
         """Return what is decided together; see `sparsify_plan`."""
@@ -261,6 +243,7 @@ class _Run(Generic[T]):
         for parts in passes:
             todo = [p for p in parts if p.key not in self.state.scores]
             if self.scorer.needs != "none":
+                sums = {}  # gone before the next ones are made
                 sums = self._sums(todo)
             with track("scores of weights", len(todo)) as tell:
                 for done, part in enumerate(todo, start=1):
@@ -327,8 +310,11 @@ class _Run(Generic[T]):
             weights = self.scorer.view(blocks)[1] if self.scorer.gradient else blocks.weights
             new = obs.update(blocks.inverse, weights, stays[where], self.spec.updating)
             change = new - blocks.weights
-            cost = obs.increase(blocks.inverse, change, blocks.gradient).sum()
-            return new.flatten(), float(cost)
+            cost = float(obs.increase(blocks.inverse, change, blocks.gradient).sum())
+            if blocks.gradient is not None and self.length:  # what all of h gains is α of h's own
+                gain = (blocks.gradient * obs.newton(blocks.inverse, blocks.gradient)).sum()
+                cost -= 0.5 * (1 / self.length - 1) * float(gain)
+            return new.flatten(), cost
 
         found, costs = zip(*self._sweep(part, sums, updated), strict=True)
         new = torch.cat(found)[: part.weights.stop - part.weights.start]
@@ -340,11 +326,17 @@ class _Run(Generic[T]):
         if not parts:
             return {}
         assert self.route is not None
-        return accumulate(
+        found = accumulate(
             self.model, self.loss, self.batches(), parts, self.route, samples=self.samples,
             pattern=self.pattern, first=self.scorer.gradient, per_sample=self.per_sample,
             seed=self.spec.seed, reduce=self.reduce,
         )  # fmt: skip
+        if self.spec.compares_layers and self.spec.damping.relative and self.state.mean is None:
+            self.state.mean = mean_square(
+                self.model, self.loss, self.batches, self.layers, found.values(),
+                per_sample=self.per_sample, seed=self.spec.seed, reduce=self.reduce,
+            )  # fmt: skip
+        return found
 
     def _sweep(self, part: Part, sums: Sums | None, visit: Callable[[slice, Blocks], R]) -> list[R]:
         """Return what a function makes of a part's blocks, a few at a time, and of their places."""
@@ -356,7 +348,8 @@ class _Run(Generic[T]):
         if self.scorer.needs == "none":
             noise = self._cut(part, noise_of(layer, self.spec.seed).to(flat.device))
         if sums is not None:
-            damping = self.spec.damping.of(sums.mean_diagonal)
+            own, whole = sums.mean_diagonal, self.state.mean
+            damping = self.spec.damping.of(own if whole is None else math.sqrt(own * whole))
             self.state.dampings[part.key] = damping
             if self.scorer.gradient:
                 gradient = cut_rows(self.length * sums.mean_gradient()[None], part.block)[:, 0]

@@ -24,7 +24,7 @@ def units(
         passes = [[_whole(layer, min(block, layer.size)) for layer in layers]]
     else:
         passes = plan(layers, block, samples, route, memory=spec.memory, itemsize=itemsize)
-    if spec.joint and spec.pattern.keep is None:
+    if spec.compares_layers:
         return [passes]
     found: list[list[list[Part]]] = []
     for parts in passes:

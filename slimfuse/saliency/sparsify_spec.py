@@ -19,9 +19,11 @@ class Spec:
     sparsity: share of zeros at the end, of all layers together (joint) or of each (not joint);
     None where the pattern says it. update: how the other weights make up for the removed, by
     default jointly for WoodFisher and WoodTaylor and not at all for scorers that need no block
-    Fisher. block: weights in a block of the Fisher, None for one block a layer. steps: of the
-    cubic schedule from `initial`, the Fisher new in each. memory: bytes of sums in one pass over
-    the gradients. seed: of random scores and of labels that are drawn.
+    Fisher. block: weights in a block of the Fisher, None for one block a layer. damping: where
+    relative, to a layer's mean g², or if one threshold compares layers to the geometric mean of
+    that and the mean over all (docs/decisions/0013). steps: of the cubic schedule from `initial`,
+    the Fisher new in each. memory: bytes of sums in one pass over the gradients. seed: of random
+    scores and of labels that are drawn.
     """
 
     sparsity: float | None = None
@@ -62,6 +64,11 @@ class Spec:
         """The share of zeros at the end."""
         own = self.pattern.sparsity
         return own if own is not None else self.sparsity or 0.0
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether scores of one layer are compared with those of others."""
+        return self.joint and self.pattern.keep is None
 
     @property
     def updating(self) -> obs.Update:

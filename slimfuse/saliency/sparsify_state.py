@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from slimfuse.errors import SlimfuseError
 from slimfuse.saliency.fisher import Reduce, agreed
 from slimfuse.saliency.masks import pack, read_tensors, unpack, write_tensors
 from slimfuse.saliency.patterns import Layer
+from slimfuse.saliency.sparsify_plan import of
 
-KIND = "slimfuse-sparsify-1"
+KIND = "slimfuse-sparsify-2"
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ class State:
     """What is done of the schedule. A step's weights reach the model only at its end.
 
     step: whole steps done; kept: masks (d,) at the step's beginning, in the pattern's order;
-    scores, new: of the step's parts by their keys; costs, dampings: likewise; layers: what the last
-    whole step made of them; records: of the steps.
+    scores, new: of the step's parts by their keys; costs, dampings: likewise; mean: of g² over all
+    layers, where one damping serves them all; layers: what the last whole step made of them;
+    records: of the steps.
     """
 
     step: int
@@ -66,13 +68,27 @@ class State:
     new: dict[str, Tensor] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
     dampings: dict[str, float] = field(default_factory=dict)
+    mean: float | None = None
     layers: list[LayerRecord] = field(default_factory=list)
     records: list[StepRecord] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """Forget the last step's parts."""
+    def end(self, layers: Sequence[Layer], chosen: Mapping[str, Tensor]) -> None:
+        """Keep what a step chose, and did to every layer and to all; forget its parts."""
+        self.layers = [
+            LayerRecord(
+                la.name, la.shape, la.size, int(chosen[la.name].sum()),
+                sum(own) if (own := [c for k, c in self.costs.items() if of(k, la)]) else None,
+                next((v for k, v in self.dampings.items() if of(k, la)), None),
+            )
+            for la in layers
+        ]  # fmt: skip
+        kept, total = (sum(getattr(r, n) for r in self.layers) for n in ("kept", "weights"))
+        increase = sum(self.costs.values()) if self.costs else None
+        self.records.append(StepRecord(self.step + 1, 1 - kept / total, increase))
+        self.kept = dict(chosen)
         for part in (self.scores, self.new, self.costs, self.dampings):
             part.clear()
+        self.mean = None
 
     def save(self, path: Path, model: nn.Module, digest: str) -> None:
         """Write the state and the model, whole or not at all."""
@@ -82,6 +98,7 @@ class State:
         tensors |= {f"new.{k}": v for k, v in self.new.items()}
         told = {
             "digest": digest, "step": self.step, "costs": self.costs, "dampings": self.dampings,
+            "mean": self.mean,
             "layers": [asdict(r) for r in self.layers],
             "records": [asdict(r) for r in self.records],
         }  # fmt: skip
@@ -109,7 +126,7 @@ def restore(path: Path, model: nn.Module, layers: Sequence[Layer], digest: str) 
     bits = part("kept.")
     return State(
         told["step"], {la.name: unpack(bits[la.name], (la.size,)) for la in layers},
-        part("score."), part("new."), told["costs"], told["dampings"],
+        part("score."), part("new."), told["costs"], told["dampings"], told["mean"],
         [LayerRecord(**r | {"shape": tuple(r["shape"])}) for r in told["layers"]],
         [StepRecord(**r) for r in told["records"]],
     )  # fmt: skip

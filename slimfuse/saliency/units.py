@@ -46,7 +46,8 @@ Reads = Literal["weights", "activations", "gradients", "nothing"]
 Name = Literal[
     "magnitude", "l1", "energy", "taylor", "diagonal-fisher", "mask-fisher", "ziplm", "random"
 ]
-PER_PASS = 4_096  # tokens of one backward pass, which keeps every activation
+PER_PASS = 4_096  # tokens of one backward pass, which keeps every activation …
+PER_HEAD = 256  # … and of a head that answers for every token, logits
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ class Subject:
         """
         if isinstance(self.loss, Drawing):
             self.loss.restart()
+        most = PER_HEAD if self.layout.head and self.layout.readout == "all" else PER_PASS
         for inputs, labels in self.batches():
-            size = max(1, PER_PASS // _tokens(inputs))
+            size = max(1, most // _tokens(inputs))
             for start in range(0, len(inputs), size):
                 part = slice(start, start + size)
                 yield inputs[part], None if labels is None else labels[part]

@@ -10,6 +10,7 @@ Source: Kurtić et al. 2023 (ZipLM, arXiv 2302.04089), section 3; saliency.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,11 +39,16 @@ class Elimination:
 
     @property
     def scores(self) -> Tensor:
-        """The cost (groups,) up to which a group stays: the largest cost of those until it went."""
+        """The cost (groups,) up to which a group stays: the largest cost of those until it went.
+
+        Strictly rising along the order, so that the largest scores are those of `kept`.
+        """
         found = torch.zeros(len(self.order), dtype=torch.float64)
-        least = torch.tensor(self.costs, dtype=torch.float64).cummax(0).values
-        found[list(self.order)] = least
-        return found
+        level = -math.inf
+        for group, cost in zip(self.order, self.costs, strict=True):
+            level = max(cost, math.nextafter(level, math.inf))
+            found[group] = level
+        return found.clamp_min(0)
 
 
 def inverse_second(second: Tensor, damping: float = DAMPING) -> Tensor:

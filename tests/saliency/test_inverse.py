@@ -143,7 +143,7 @@ def test_routes_are_chosen_by_size() -> None:
 
 
 def test_damping_is_relative_by_default() -> None:
-    assert Damping().of(3.0) == pytest.approx(0.03)
+    assert Damping().of(3.0) == pytest.approx(0.3)
     assert Damping(1e-7, relative=False).of(3.0) == 1e-7
     assert Damping().of(0.0) > 0
     for bad in (0.0, -1.0, float("nan"), float("inf")):

@@ -69,7 +69,7 @@ def test_woodfisher_is_its_formulas() -> None:
     before, ranked = net(), []
     for layer in prunable(before):
         x = rows(before, DATA, layer)
-        damping = 0.1 * float(x.square().mean())
+        damping = 0.1 * compared(before, x)
         inverse = invert(x, 16, damping)
         w = before.get_parameter(layer.name).detach().view(-1, 16)
         ranked.append(statistic(inverse, w).flatten())
@@ -89,19 +89,41 @@ def test_woodfisher_is_its_formulas() -> None:
     torch.testing.assert_close(torch.cat([t.flatten() for t in told.values()]), scores)
 
 
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("memory", [1, 1 << 20])  # a pass a block, or one for all
+@pytest.mark.parametrize("scorer", ["woodfisher", "diagonal-fisher", "woodtaylor"])
+def test_damping_is_relative_to_what_is_compared(scorer: Any, memory: int, joint: bool) -> None:
+    spec = Spec(0.5, scorer, joint=joint, block=16, damping=Damping(0.1), memory=memory)
+    model, found = pruned(spec)
+    for layer, record in zip(prunable(model), found.layers, strict=True):
+        own = float(rows(net(), DATA, layer).square().mean())
+        wanted = (own * mean_square(net())) ** 0.5 if joint else own
+        assert record.damping == pytest.approx(0.1 * wanted, rel=1e-9)
+
+
+def mean_square(model: nn.Module) -> float:
+    """Return the mean of g² over all layers' weights and samples."""
+    return float(torch.cat([rows(model, DATA, la) for la in prunable(model)], 1).square().mean())
+
+
+def compared(model: nn.Module, x: Tensor) -> float:
+    """Return the geometric mean of a layer's mean g² and that of all layers."""
+    return (float(x.square().mean()) * mean_square(model)) ** 0.5
+
+
 @pytest.mark.parametrize(("scorer", "expected"), [
-    ("magnitude", lambda w, x: w.square() / 2),
-    ("diagonal-fisher", lambda w, x: w.square() * (x.square().mean() / 100
-                                                  + x.square().mean(0)) / 2),
+    ("magnitude", lambda w, x, mean: w.square() / 2),
+    ("diagonal-fisher", lambda w, x, mean: w.square() * (mean / 10 + x.square().mean(0)) / 2),
 ])  # fmt: skip
 def test_first_order_scores_are_their_formulas(
-    scorer: Any, expected: Callable[[Tensor, Tensor], Tensor]
+    scorer: Any, expected: Callable[[Tensor, Tensor, float], Tensor]
 ) -> None:
     model = net()
     found = weight_scores(model, loss, lambda: BATCHES, Spec(0.5, scorer))
     for layer in prunable(model):
-        truth = expected(model.get_parameter(layer.name).detach().flatten(),
-                         rows(model, DATA, layer))  # fmt: skip
+        x = rows(model, DATA, layer)
+        truth = expected(model.get_parameter(layer.name).detach().flatten(), x,
+                         compared(model, x))  # fmt: skip
         torch.testing.assert_close(found[layer.name].flatten(), truth, rtol=1e-10, atol=0)
 
 
@@ -301,7 +323,7 @@ def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
 
 
 def test_a_pass_over_gradients_tells_what_it_costs() -> None:
-    """One pass where all sums fit, two a pass of parts where they don't."""
+    """One pass where all sums fit; else two a pass of parts, and one for the mean g² of all."""
     calls = [0]
 
     def counted() -> list[tuple[Tensor, Tensor]]:
@@ -314,4 +336,4 @@ def test_a_pass_over_gradients_tells_what_it_costs() -> None:
     calls[0] = 0
     passes = math.ceil(sum(la.size for la in prunable(model)) * (10 + 32) * 8 / 30_000)
     sparsify(net(), loss, counted, Spec(0.5, block=10, memory=30_000))
-    assert calls[0] in {1 + 2 * passes, 1 + 2 * (passes + 1)}
+    assert calls[0] in {2 + 2 * passes, 2 + 2 * (passes + 1)}
