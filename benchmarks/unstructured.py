@@ -35,6 +35,7 @@ from slimfuse.saliency.masks import Masks
 from slimfuse.saliency.obs import Update
 from slimfuse.saliency.sparsify import sparsify
 from slimfuse.saliency.sparsify_spec import Spec
+from slimfuse.saliency.step_length import step_length
 from slimfuse.saliency.weight_scores import WeightScorer
 from slimfuse.tasks.image_classification import PIXELS, Pixels, make_processor
 
@@ -46,7 +47,6 @@ GRADUAL = (0.95,)
 STEPS = 8  # of the cubic schedule
 CHUNK = 50  # gradients of one vmap
 PUBLISHED = Damping(1e-5, relative=False)
-LARGE = Damping(10.0, relative=False)  # WoodTaylor's Newton step −h all but gone
 PARTS = ("one-shot", "damping", "gradual")
 Batch = tuple[Tensor, Tensor]
 
@@ -101,8 +101,7 @@ class Way:
 UPDATES = {"none": "no update", "single": "single update", "joint": "joint update"}
 JOINT = [
     *(Way("woodfisher", update) for update in UPDATES),
-    Way("woodtaylor", "joint"),
-    *(Way("woodtaylor", update, LARGE) for update in UPDATES),
+    *(Way("woodtaylor", update) for update in UPDATES),
     Way("diagonal-fisher"),
     Way("magnitude"),
     Way("magnitude", "joint"),
@@ -110,7 +109,7 @@ JOINT = [
 ]
 INDEPENDENT = [
     *(Way("woodfisher", update) for update in UPDATES),
-    Way("woodtaylor", "joint", LARGE),
+    Way("woodtaylor", "joint"),
     Way("diagonal-fisher"),
     Way("magnitude"),
     Way("random"),
@@ -151,11 +150,20 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 class SharedSums:
     """The Fisher's sums of the model that all one-shot rows start from, made once.
 
-    Stands in for `accumulate` inside `sparsify`: the same sums, with Σ g for WoodTaylor.
+    Stands in for `accumulate` inside `sparsify`: the same sums, with Σ g for WoodTaylor; `length`
+    for `step_length`, which is the same wherever the step is.
     """
 
     def __init__(self) -> None:
         self.sums: dict[tuple[Any, ...], dict[str, Sums]] = {}
+        self.lengths: dict[float, float] = {}
+
+    def length(self, *given: Any) -> float:
+        """Return WoodTaylor's step; Σ λ|h|² tells steps apart."""
+        damped = given[3]
+        if damped not in self.lengths:
+            self.lengths[damped] = step_length(*given)
+        return self.lengths[damped]
 
     def __call__(
         self, model: nn.Module, loss: Any, batches: Iterable[Any], parts: Sequence[Part],
@@ -174,10 +182,11 @@ def sharing(shared: SharedSums | None) -> Iterator[None]:
     """Let `sparsify` take its sums from those that are shared."""
     if shared is not None:
         library.accumulate = shared  # type: ignore[assignment]
+        library.step_length = shared.length
     try:
         yield
     finally:
-        library.accumulate = accumulate
+        library.accumulate, library.step_length = accumulate, step_length
 
 
 class Bench:

@@ -150,3 +150,36 @@ def test_what_was_not_observed_is_said() -> None:
         MaskFisherImportance().observe(model, [])
     with pytest.raises(UserError, match="no scores"):
         WeightImportance(model, {})(group_of(model, model.first))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_a_channel_of_a_grouped_convolution_is_read_by_its_own_group(groups: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(10, 20, 3, groups=groups).double()
+    scores = torch.rand_like(layer.weight)
+    model = nn.Sequential(layer)
+    found = WeightImportance(model, {"0.weight": scores}).values(layer, "input")
+    whole = torch.zeros(20, 10, 3, 3).double()  # the same layer, noughts between the groups
+    for g in range(groups):
+        rows = slice(g * 20 // groups, (g + 1) * 20 // groups)
+        whole[rows, g * 10 // groups : (g + 1) * 10 // groups] = scores[rows]
+    torch.testing.assert_close(found[0], whole.sum((0, 2, 3)), **EXACT)
+    out = WeightImportance(model, {"0.weight": scores}).values(layer, "output")
+    torch.testing.assert_close(out[0], scores.sum((1, 2, 3)), **EXACT)
+
+
+def test_a_net_that_folds_tokens_into_samples_is_refused() -> None:
+    class Folding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            folded = self.inner(x.flatten(0, 1)).tanh().view(len(x), 5, 6)
+            out: Tensor = self.head(folded.mean(1))
+            return out
+
+    x, y = torch.randn(7, 5, 4), torch.randint(3, (7,))
+    with pytest.raises(UserError, match=r"folds something else") as caught:
+        MaskFisherImportance().observe(Folding(), [(x, y)])
+    assert "35 rows, 7 losses" in str(caught.value)

@@ -80,6 +80,25 @@ def test_tensors_are_averaged_by_their_fisher_information() -> None:
     assert sum(t[0].values()) / len(t[0]) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("spaces", "wider"), [
+    (("mlp",), {"intermediate_size": 34}),
+    (("head",), {"num_attention_heads": 6, "head_dim": 5}),
+    (("qk", "vo"), {"head_dim": 10}),
+    (("resid",), {"hidden_size": 30, "head_dim": 5}),
+    (EVERY, WIDER),
+], ids=lambda value: "".join(value))  # fmt: skip
+def test_a_wider_parent_of_the_same_function_weighs_as_much(
+    spaces: tuple[str, ...], wider: dict[str, int]
+) -> None:
+    """Gradients of a unit's copies are parts of the unit's own: n/m of them are one."""
+    anchor = random_vit()
+    wide = moved(anchor, maps_of(anchor, spaces, lambda n, _s: duplicate(n)), **wider)
+    _, found = transported([wide], anchor, anchor_weight=0.5, parent_weights="fisher")
+    for name, (own, _) in found.tensors.items():
+        if not name.endswith("k_proj.bias"):  # scores don't depend on it: its gradient is rounding
+            assert own == pytest.approx(0.5, abs=1e-6), name
+
+
 def test_a_model_averaged_with_itself_by_fisher_is_itself() -> None:
     anchor = random_vit()
     target, _ = transported([anchor, anchor], anchor, anchor_weight=None, parent_weights="fisher")
@@ -182,3 +201,13 @@ def test_models_without_a_head_are_scored_by_their_features(case: Any) -> None:
     (found,) = saliencies([model], case.family, lambda: [batch], "mask-fisher", [1.0])
     scores: list[Tensor] = [v for n, v in found.items() if n.startswith(("mlp", "head."))]
     assert scores and all(float(v.max()) > 0 for v in scores)
+
+
+def test_random_scores_differ_by_seed_and_by_parent() -> None:
+    models, x = [random_vit(), random_vit(1)], images(12)
+    found = [
+        scores["mlp.0"].argsort().tolist()
+        for seed in (0, 1)
+        for scores in saliencies(models, ViT(), lambda: [x], "random", [1.0, 1.0], seed=seed)
+    ]
+    assert len({tuple(order) for order in found}) == 4

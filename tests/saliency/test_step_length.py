@@ -142,3 +142,20 @@ def test_a_model_at_its_minimum_stays_there(block: int | None) -> None:
     assert step.increase is not None and step.increase < 0
     # quadratic in a step that isn't small: the promise is of the right order
     assert (after - before) / step.increase == pytest.approx(1, abs=0.8)
+
+
+def test_what_it_expects_without_zeros_is_the_line_searchs_gain() -> None:
+    data = pairs(30, 6, 3)
+    model, batches = mlp(6, 5, 3), singles(data)
+    whole = torch.cat([rows(model, data, layer) for layer in prunable(model)], 1)
+    h = torch.cat([newton_of(cut) for part in whole.split([30, 15], 1) for cut in part.split(5, 1)])
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    damping = Damping(LAMBDA, relative=False)
+    found = sparsify(model, loss, lambda: batches,
+                     Spec(0.0, "woodtaylor", block=5, damping=damping))  # fmt: skip
+    change = torch.cat([(model.get_parameter(la.name) - start[la.name]).flatten()
+                        for la in prunable(model)]).detach()  # fmt: skip
+    length = float(-(change @ h) / (h @ h))
+    torch.testing.assert_close(change, -length * h, rtol=1e-7, atol=1e-10)
+    (step,) = found.steps
+    assert step.increase == pytest.approx(-length * float(whole.mean(0) @ h) / 2, rel=1e-7)

@@ -166,3 +166,16 @@ def test_the_scorer_is_the_elimination_of_what_layers_read() -> None:
             torch.testing.assert_close(
                 found[name] * total, eliminate(seen.second, seen.out, groups).scores, **EXACT
             )
+
+
+def test_scores_without_ties_choose_what_the_order_keeps() -> None:
+    """Twins that cancel go for nothing, one dear unit after another: the running maximum ties."""
+    second, out = problem(12, 3, seed=4, rank=5)
+    second[:6, 6:] = 0.9 * second[:6, :6]
+    second[6:, :6] = second[:6, 6:].T
+    second[6:, 6:] = second[:6, :6]
+    out[:, 6:] = -out[:, :6]
+    found = eliminate(second, out)
+    assert (torch.tensor(found.costs).diff() < 0).any()  # else there would be no tie
+    for count in range(1, 12):
+        assert sorted(found.scores.topk(count).indices.tolist()) == found.kept(count)
