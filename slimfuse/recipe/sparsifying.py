@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
-from slimfuse.recipe.matching import EMBEDDING, dig
+from slimfuse.recipe.matching import EMBEDDING, LANGUAGE, dig, items
 from slimfuse.recipe.strict import (
     Count,
     Distinct,
@@ -25,6 +25,7 @@ WeightScorer = Literal["woodfisher", "woodtaylor", "diagonal-fisher", "magnitude
 BY_BLOCK = ("woodfisher", "woodtaylor")
 """Scorers that need the block Fisher, which an update of the other weights goes by."""
 BY_GRADIENTS = (*BY_BLOCK, "diagonal-fisher")
+ALONG_GRADIENT = "woodtaylor"
 DAMPING = 0.1
 PATTERN = r"^(unstructured|[1-9][0-9]*:[1-9][0-9]*|[1-9][0-9]*x[1-9][0-9]*)$"
 
@@ -214,7 +215,14 @@ def _sparsity_findings(raw: Mapping[str, Any], pattern: Any) -> list[Finding]:
 
 def check_sparsify(raw: Mapping[str, Any]) -> list[Finding]:
     """Return what of `sparsify` doesn't go with the recipe's task."""
-    if raw.get("task") in EMBEDDING and dig(raw, "sparsify", "fisher") == "labels":
-        what, allowed = f"task {raw['task']!r} has no labels", "null or own-answers"
+    task, fisher = raw.get("task"), dig(raw, "sparsify", "fisher")
+    if task in EMBEDDING and fisher == "labels":
+        what, allowed = f"task {task!r} has no labels", "null or own-answers"
+        return [Finding(("sparsify", "fisher"), what, allowed=allowed)]
+    own = fisher == "own-answers" or (fisher is None and task in (*EMBEDDING, *LANGUAGE))
+    scorers = [dig(raw, "sparsify", "scorer"), *items(dig(raw, "sparsify", "controls"))]
+    if own and ALONG_GRADIENT in scorers:
+        what = f"{ALONG_GRADIENT} goes along a mean gradient, which own answers haven't"
+        allowed = "another scorer" if task in EMBEDDING else "fisher: labels, or another scorer"
         return [Finding(("sparsify", "fisher"), what, allowed=allowed)]
     return []

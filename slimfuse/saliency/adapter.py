@@ -37,7 +37,7 @@ def per_channel(layer: nn.Module, values: Tensor, side: str) -> Tensor:
     """
     if side == "output":
         return values.flatten(1).sum(1)[None]
-    grouped = values.unflatten(0, (int(getattr(layer, "groups", 1)), -1))
+    grouped: Tensor = values.unflatten(0, (int(getattr(layer, "groups", 1)), -1))
     return grouped.sum([1, *range(3, grouped.ndim)]).reshape(1, -1)
 
 

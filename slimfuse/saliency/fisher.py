@@ -187,11 +187,7 @@ class Sums:
         if not self.count:
             raise SlimfuseError("there is no gradient to estimate the Fisher from")
         self.mean_diagonal = self._sum_of_squares() / (self.count * self.part.layer.size)
-        if not math.isfinite(self.mean_diagonal):
-            raise SlimfuseError(
-                f"a gradient of {self.part.layer.name} is not finite",
-                hint="check the loss on these batches, or compute in float32",
-            )
+        _check_finite(self.part.layer.name, self.mean_diagonal)
 
     def _sum_of_squares(self) -> float:
         if not self._whole:
@@ -293,4 +289,14 @@ def mean_square(
             totals, count = reduce(totals), reduce(count)
         means = (totals / count).tolist()
         known |= {la.name: mean / la.size for la, mean in zip(left, means, strict=True)}
+        for name in names:
+            _check_finite(name, known[name])
     return sum(known[la.name] * la.size for la in layers) / sum(la.size for la in layers)
+
+
+def _check_finite(name: str, mean: float) -> None:
+    if not math.isfinite(mean):
+        raise SlimfuseError(
+            f"a gradient of {name} is not finite",
+            hint="check the loss on these batches, or compute in float32",
+        )

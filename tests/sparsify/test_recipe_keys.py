@@ -102,6 +102,12 @@ def test_defaults() -> None:
          "allowed: number > 0 or null"),
         ({"sparsity": 0.5, "controls": ["random", "woodfisher"]}, "sparsify.controls[1]: is the "
          "scorer itself; got: 'woodfisher'; allowed: another scorer"),
+        ({"sparsity": 0.5, "scorer": "woodtaylor", "fisher": "own-answers"},
+         "sparsify.fisher: woodtaylor goes along a mean gradient, which own answers haven't; got: "
+         "'own-answers'; allowed: fisher: labels, or another scorer"),
+        ({"sparsity": 0.5, "controls": ["woodtaylor"], "fisher": "own-answers"},
+         "sparsify.fisher: woodtaylor goes along a mean gradient, which own answers haven't; got: "
+         "'own-answers'; allowed: fisher: labels, or another scorer"),
         ({"sparsity": 0.5, "initial": 0.1}, "sparsify.initial: has no effect here; got: 0.1; "
          "allowed: with steps above 1"),
         ({"sparsity": 0.5, "initial": 0.6, "steps": 2}, "sparsify.initial: is more than there are "
@@ -120,6 +126,13 @@ def test_a_fisher_of_labels_needs_labels(tmp_path: Path) -> None:
     keys = {"sparsity": 0.5, "fisher": "labels"}
     path = write_recipe(tmp_path / "r.yaml", recipe(task="feature-extraction", sparsify=keys))
     with pytest.raises(RecipeError, match=r"sparsify\.fisher: task 'feature-extraction' has no"):
+        load_recipe(path)
+
+
+def test_woodtaylor_needs_a_task_with_labels(tmp_path: Path) -> None:
+    keys = {"sparsity": 0.5, "scorer": "woodtaylor"}
+    path = write_recipe(tmp_path / "r.yaml", recipe(task="feature-extraction", sparsify=keys))
+    with pytest.raises(RecipeError, match=r"which own answers haven't.*another scorer"):
         load_recipe(path)
 
 
