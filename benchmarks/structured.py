@@ -50,13 +50,23 @@ CONTROLS = ("dense", "nothing cut, refit")
 
 @dataclass(frozen=True)
 class Case:
-    """A family, where its models lie, and what is cut: axis and share that stays, by title."""
+    """A family, where its models lie, and what is cut: axis and share that stays, by title.
+
+    share: of the samples that are drawn, for dear models; refits: the choices that are refitted.
+    """
 
     title: str
     recipe: Path
     model: str
     cuts: Mapping[str, tuple[str, int]]
-    seeds: str
+    title_of_seeds: str
+    seeds: Sequence[int] = SEEDS
+    share: int = 1
+    refits: Sequence[str] = METHODS
+
+    def methods(self, how: str) -> Sequence[str]:
+        """Return the choices that are measured."""
+        return self.refits if how == "refit" else METHODS
 
 
 UNITS = {f"MLP 1/{n}": ("intermediate_size", n) for n in (2, 4, 8)}
@@ -65,7 +75,9 @@ CASES = {
         "ViT 6 × 128, 4 heads, MLP 256, Fashion-MNIST", Path("recipes/vit/fashion-mnist.yaml"),
         "zoo/fashion-{seed}-a", {**UNITS, "heads 1/2": ("num_attention_heads", 2),
                                  "heads 1/4": ("num_attention_heads", 4)},
-        "trained models, each with its own calibration images",
+        "trained models, each with its own calibration images", seeds=(0,), share=2,
+        refits=("random", "l1", "mask-fisher", "energy", "ziplm", DEFAULT,
+                "OT merge, mask-fisher"),
     ),
     # the stock class has no size of a head of its own: fewer heads would be wider ones
     "bert": Case(
@@ -90,8 +102,9 @@ class Bench:
             self.case.recipe,
             (f"parents=[{{name: a, from: {folders[0].resolve()}}}]", "baselines=[]", "gates=[]",
              "finetune.distill.teachers=[a]", f"data.calibration.seed={seed}",
-             f"data.calibration.samples={64 if quick else CALIBRATION}",
-             f"data.limit.test={100 if quick else TEST}", f"runtime.threads={arguments.threads}"),
+             f"data.calibration.samples={64 if quick else CALIBRATION // self.case.share}",
+             f"data.limit.test={100 if quick else TEST // self.case.share}",
+             f"runtime.threads={arguments.threads}"),
         )  # fmt: skip
         job = prepare(recipe, self.case.recipe)
         self.stages, self.family, self.task = Stages(job, Store(OUT)), job.family, job.task
@@ -214,14 +227,14 @@ def main() -> None:
     conditions = {"test": TEST, "calibration": CALIBRATION, "quick": arguments.quick}
     kept = Kept(out / "found.json", conditions, fresh=arguments.fresh)
     for kind in arguments.families:
-        for seed in arguments.seeds:
+        for seed in set(arguments.seeds) & set(CASES[kind].seeds):
             bench = Bench(kind, seed, arguments)
             measure(bench, kept, kind, arguments.quick)
     text = markdown(kept)
     done = all(
-        name_of(kind, list(case.cuts)[-1], METHODS[-1], HOW[-1]).format(seed=seed) in kept.rows
+        name_of(kind, list(case.cuts)[-1], case.refits[-1], HOW[-1]).format(seed=seed) in kept.rows
         for kind, case in CASES.items()
-        for seed in SEEDS
+        for seed in case.seeds
     )
     if arguments.quick or not done:
         print("\n".join(text))
@@ -237,8 +250,9 @@ def measure(bench: Bench, kept: Kept, kind: str, quick: bool) -> None:
     kept.row(whole, lambda: bench.tested(bench.refitted(bench.target(), Settings())))
     cuts = list(bench.case.cuts.items())
     for cut, (axis, divisor) in cuts[:: len(cuts) - 1] if quick else cuts:
-        for method in METHODS[::3] if quick else METHODS:
-            for how in HOW:
+        for how in HOW:
+            methods = bench.case.methods(how)
+            for method in methods[::3] if quick else methods:
                 name = name_of(kind, cut, method, how).format(seed=bench.seed)
                 kept.row(
                     name,
@@ -253,8 +267,9 @@ def markdown(kept: Kept) -> list[str]:
         "",
         f"One model, its stream unchanged, one-shot, no training. {CALIBRATION} calibration "
         "samples without labels: gradients are those of answers drawn from the model itself (true "
-        f"Fisher). Loss: test cross-entropy in nats, accuracy in %, on {TEST:,} test samples; ± is "
-        "half the 95 % interval over the seeds (Student's t). In place: what reads and writes the "
+        f"Fisher). Loss: test cross-entropy in nats, accuracy in %, on {TEST:,} test samples "
+        f"(half as many of both for {CASES['vit'].title}); ± is half the 95 % interval over the "
+        "seeds (Student's t), where there are several. In place: what reads and writes the "
         "units that go is cut away, or averaged into what stays (OT merge: `method: intra`). "
         "Refit: every layer by least squares (`method: refit` with `fuse.units` or "
         "`fuse.saliency`; OT merge: `units: ot`, of heads `heads: merge`). Made by "
@@ -273,7 +288,8 @@ def family(kept: Kept, kind: str, case: Case) -> list[str]:
     def seen(key: str, name: str) -> str:
         return spread(kept.over(SEEDS, name, key), 3 if key == "loss" else 1)
 
-    lines = [f"## {case.title}", "", f"{len(SEEDS)} seeds: {case.seeds}.", ""]
+    several = f"{len(case.seeds)} seed{'s' * (len(case.seeds) > 1)}"
+    lines = [f"## {case.title}", "", f"{several}: {case.title_of_seeds}.", ""]
     for name in CONTROLS:
         row = f"{kind} {{seed}}: {name}"
         lines += [f"{name.capitalize()}: loss {seen('loss', row)}, {seen('accuracy', row)} %.", ""]
@@ -286,7 +302,7 @@ def family(kept: Kept, kind: str, case: Case) -> list[str]:
                 + " | ".join(seen(key, name_of(kind, cut, method, how)) for cut in case.cuts)
                 + " |"
                 for how in HOW
-                for method in METHODS
+                for method in case.methods(how)
             ),
             "",
         ]
@@ -300,10 +316,10 @@ def best(kept: Kept, kind: str, case: Case, how: str) -> list[str]:
     for cut in case.cuts:
         found = {
             method: values
-            for method in METHODS
+            for method in case.methods(how)
             if (values := kept.over(SEEDS, name_of(kind, cut, method, how), "loss"))
         }
-        if len(found) < len(METHODS):
+        if len(found) < len(case.methods(how)):
             continue
         order = sorted(found, key=lambda method: average(found[method]))
         for place, method in enumerate(order, start=1):
