@@ -225,8 +225,8 @@ def markdown(kept: Kept) -> list[str]:
         "everything the same but the keys named. 512 calibration samples without labels; "
         f"finetuned: {STEPS} steps of 64, taught by both parents on 8,000 samples. Accuracy in % "
         "on 3,000 test samples, where nothing else is said; ± is half the 95 % interval over the "
-        f"seeds (Student's t). Behind, the lead over `{DEFAULT}`, of `method: ot` over uniform masses "
-        "and equal parents, paired by seed. Made by `make bench-saliency-fusion`.",
+        f"seeds (Student's t). Behind, the lead over `{DEFAULT}`, of `method: ot` over uniform "
+        "masses and equal parents, paired by seed. Made by `make bench-saliency-fusion`.",
         "",
     ]
     for kind, case in CASES.items():
