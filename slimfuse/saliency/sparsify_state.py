@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,13 +78,13 @@ class State:
         self.layers = [
             LayerRecord(
                 la.name, la.shape, la.size, int(chosen[la.name].sum()),
-                sum(own) if (own := [c for k, c in self.costs.items() if of(k, la)]) else None,
+                math.fsum(own) if (own := [c for k, c in self.costs.items() if of(k, la)]) else None,
                 next((v for k, v in self.dampings.items() if of(k, la)), None),
             )
             for la in layers
         ]  # fmt: skip
         kept, total = (sum(getattr(r, n) for r in self.layers) for n in ("kept", "weights"))
-        increase = sum(self.costs.values()) if self.costs else None
+        increase = math.fsum(self.costs.values()) if self.costs else None  # whatever the order
         self.records.append(StepRecord(self.step + 1, 1 - kept / total, increase))
         self.kept = dict(chosen)
         for part in (self.scores, self.new, self.costs, self.dampings):
