@@ -78,13 +78,13 @@ class State:
         self.layers = [
             LayerRecord(
                 la.name, la.shape, la.size, int(chosen[la.name].sum()),
-                math.fsum(own) if (own := [c for k, c in self.costs.items() if of(k, la)]) else None,
+                _total(v for k, v in self.costs.items() if of(k, la)),
                 next((v for k, v in self.dampings.items() if of(k, la)), None),
             )
             for la in layers
         ]  # fmt: skip
         kept, total = (sum(getattr(r, n) for r in self.layers) for n in ("kept", "weights"))
-        increase = math.fsum(self.costs.values()) if self.costs else None  # whatever the order
+        increase = _total(self.costs.values())
         self.records.append(StepRecord(self.step + 1, 1 - kept / total, increase))
         self.kept = dict(chosen)
         for part in (self.scores, self.new, self.costs, self.dampings):
@@ -104,6 +104,12 @@ class State:
             "records": [asdict(r) for r in self.records],
         }  # fmt: skip
         write_tensors(path, tensors, KIND, told)
+
+
+def _total(values: Iterable[float]) -> float | None:
+    """Return a sum that doesn't depend on the order, None of nothing."""
+    found = list(values)
+    return math.fsum(found) if found else None
 
 
 def restore(path: Path, model: nn.Module, layers: Sequence[Layer], digest: str) -> State | None:
