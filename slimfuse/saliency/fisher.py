@@ -161,7 +161,7 @@ class Sums:
             self._gram = self._held[0].new_zeros(blocks, block, block)
         step = max(1, 2 * CACHE // (block * max(1, sum(map(len, self._held)))))
         for start in range(0, blocks, step):
-            cut = self._cut(slice(start, start + step)).contiguous()
+            cut = self._cut(slice(start, start + step))
             self._gram[start : start + step].baddbmm_(cut.mT, cut)
         self._held = []
 
