@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from slimfuse.errors import ShapeError, UserError
 from slimfuse.saliency import sparsify as driver
+from slimfuse.saliency.fisher import Sums, accumulate
 from slimfuse.saliency.inverse import Damping, invert
 from slimfuse.saliency.masks import Masks
 from slimfuse.saliency.obs import statistic, update
@@ -337,3 +339,21 @@ def test_a_pass_over_gradients_tells_what_it_costs() -> None:
     passes = math.ceil(sum(la.size for la in prunable(model)) * (10 + 32) * 8 / 30_000)
     sparsify(net(), loss, counted, Spec(0.5, block=10, memory=30_000))
     assert calls[0] in {2 + 2 * passes, 2 + 2 * (passes + 1)}
+
+
+@pytest.mark.parametrize("scorer", ["woodfisher", "woodtaylor"])
+@pytest.mark.parametrize("joint", [True, False])
+def test_the_sums_of_one_pass_are_gone_before_the_next_are_made(
+    monkeypatch: pytest.MonkeyPatch, scorer: Any, joint: bool
+) -> None:
+    seen: list[weakref.ref[Sums]] = []
+
+    def watched(*given: Any, **more: Any) -> dict[str, Sums]:
+        assert [ref for ref in seen if ref() is not None] == []
+        found = accumulate(*given, **more)
+        seen.extend(weakref.ref(own) for own in found.values())
+        return found
+
+    monkeypatch.setattr(driver, "accumulate", watched)
+    pruned(Spec(0.5, scorer, joint=joint, block=10, memory=20_000))
+    assert len(seen) > 4
