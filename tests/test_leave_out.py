@@ -201,6 +201,9 @@ def test_ties_go_to_the_stronger_choice() -> None:
     assert Scores((0.1, 1.0), (2.0, 2.0), 2.0, None, 3, 9).best == inf
     assert Scores((0.1, 1.0), (2.0, 2.0), 2.5, 3.0, 3, 9).best == 1.0
     assert Scores((0.1, 1.0), (1.9, 2.0), 2.5, 3.0, 3, 9).best == 0.1
+    # a prior that is right: which error is the least is rounding
+    tiny = Scores((0.1, 1.0), (3e-30, 2e-30), 1e-30, 4e-30, 3, 9, rounding=1e-24)
+    assert tiny.best == UNTOUCHED
 
 
 def test_a_single_group_leaves_nothing_to_fit() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 TIE = 1e-9  # relative difference below which two errors, or two weights, count as equal
+ROUNDING = 1e-12  # share of the goals' size below which an error is rounding, whatever it is
 UNTOUCHED: Literal["untouched"] = "untouched"
 Strength = float | Literal["untouched"]  # inf: the prior's weights with the bias matched
 Group = tuple[Tensor, Tensor, Tensor]
@@ -22,8 +23,8 @@ class Scores:
 
     strengths, errors: of each ridge, weakest first; prior: of the prior's weights, with their bias
     fitted where there is one (strength = inf); untouched: of the prior with its own bias, None
-    without one; groups, rows: what the errors rest on. An error is inf where leaving a group out
-    leaves no fit.
+    without one; groups, rows: what the errors rest on; rounding: differences of errors that say
+    nothing. An error is inf where leaving a group out leaves no fit.
     """
 
     strengths: tuple[float, ...]
@@ -32,6 +33,7 @@ class Scores:
     untouched: float | None
     groups: int
     rows: int
+    rounding: float = 0.0
 
     def error(self, choice: Strength) -> float:
         """Return the error of one of the choices."""
@@ -49,7 +51,8 @@ class Scores:
         least = min(self.error(c) for c in choices)
         if not isfinite(least):  # one group is all there is: nothing says that a refit helps
             return choices[-1]
-        return next(c for c in reversed(choices) if self.error(c) <= least * (1 + TIE))
+        most = least * (1 + TIE) + self.rounding
+        return next(c for c in reversed(choices) if self.error(c) <= most)
 
 
 class LeaveOut:
@@ -97,7 +100,7 @@ class LeaveOut:
         self._inverses = [1 / (values.clamp_min(0) + s * unit) for s in self.strengths]
         self._step = (cross.double() - self._prior @ gram) @ self._basis
         self._sums = [0.0] * len(self.strengths)
-        self._prior_sum = self._untouched_sum = self._weight = 0.0
+        self._prior_sum = self._untouched_sum = self._weight = self._goal_sum = 0.0
         self._groups = self._rows = 0
 
     def solution(self, choice: Strength) -> tuple[Tensor, Tensor]:
@@ -136,6 +139,7 @@ class LeaveOut:
         if self._bias is not None:
             error = root * (goals - inputs @ self._prior.T - self._bias)
             self._untouched_sum += float(error.square().sum())
+        self._goal_sum += float((root * goals).square().sum())
         self._weight += float(root.square().sum())
         self._groups += 1
         self._rows += len(root)
@@ -150,6 +154,7 @@ class LeaveOut:
             untouched=None if self._bias is None else self._untouched_sum / self._weight,
             groups=self._groups,
             rows=self._rows,
+            rounding=ROUNDING**2 * self._goal_sum / self._weight,
         )
 
 
