@@ -37,7 +37,7 @@ def main() -> None:
         for seed in arguments.seeds
     ]  # fmt: skip
     figures = {name: [accuracy(run, name) for run in runs] for name in ROWS}
-    parity = [row(run, "onnx").parity or 0.0 for run in runs]
+    parity = [row(run, "onnx").parity_max_abs or 0.0 for run in runs]
     sizes = {
         f"{s.file}, {s.model}": [(x.bytes, x.compressed) for x in (r.report.sizes[i] for r in runs)]
         for i, s in enumerate(runs[0].report.sizes)
