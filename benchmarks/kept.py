@@ -22,17 +22,25 @@ class Kept:
 
     def __init__(self, file: Path, conditions: Mapping[str, Any], *, fresh: bool = False) -> None:
         self.file, self.conditions = file, json.loads(json.dumps(conditions))
-        self.rows: dict[str, Figures] = {}
-        if file.is_file() and not fresh:
-            found = json.loads(file.read_text())
-            if found["conditions"] != self.conditions:
-                raise SystemExit(f"{file} was made under other conditions: begin with --fresh")
-            self.rows = found["rows"]
+        if fresh:
+            file.unlink(missing_ok=True)
+        self.rows: dict[str, Figures] = self._read()
+
+    def _read(self) -> dict[str, Figures]:
+        """Return the file's rows, of which another process may have made some."""
+        if not self.file.is_file():
+            return {}
+        found = json.loads(self.file.read_text())
+        if found["conditions"] != self.conditions:
+            raise SystemExit(f"{self.file} was made under other conditions: begin with --fresh")
+        rows: dict[str, Figures] = found["rows"]
+        return rows
 
     def row(self, name: str, measure: Callable[[], Figures]) -> Figures:
         """Return a row's figures, from the file or measured now."""
         if name not in self.rows:
-            self.rows[name] = measure()
+            made = measure()
+            self.rows = self._read() | self.rows | {name: made}
             told = {"conditions": self.conditions, "rows": self.rows}
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.file, json.dumps(told, indent=1) + "\n")

@@ -55,6 +55,15 @@ def test_rows_outlive_the_process_and_are_measured_once(
     assert json.loads(file.read_text())["conditions"] == {"samples": [1, 3]}
 
 
+def test_two_processes_keep_each_others_rows(script: Callable[[str], Any], tmp_path: Path) -> None:
+    kept, file = script("kept").Kept, tmp_path / "found.json"
+    one, two = kept(file, {}), kept(file, {})
+    for name, own in (("a", one), ("b", two), ("c", one)):
+        own.row(name, lambda: {"accuracy": 1.0})
+    assert set(kept(file, {}).rows) == {"a", "b", "c"}
+    assert not kept(file, {}, fresh=True).rows and not file.exists()
+
+
 def test_spreads_are_students(script: Callable[[str], Any]) -> None:
     kept = script("kept")
     first, other = {0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.0, 1: 1.5, 2: 1.0}
