@@ -59,7 +59,7 @@ class State:
 
     step: whole steps done; kept: masks (d,) at the step's beginning, in the pattern's order;
     scores, new: of the step's parts by their keys; costs, dampings: likewise; mean: of g² over all
-    layers, where one damping serves them all; layers: what the last whole step made of them;
+    layers, where one threshold compares them; layers: what the last whole step made of them;
     records: of the steps.
     """
 
