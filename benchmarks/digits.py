@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from common import accuracy, machine, parent_folder, random_parent, settle, single, write
 from variants import interval
 
-from slimfuse.finetune.loop import steps_of
+from slimfuse.finetune.schedule import steps_of
 from slimfuse.pipeline import compress
 
 RECIPE = Path("recipes/vit/digits.yaml")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common import accuracy, machine, parent_folder, random_parent, row, settle, single, write
 
-from slimfuse.finetune.loop import steps_of
+from slimfuse.finetune.schedule import steps_of
 from slimfuse.pipeline import compress
 from slimfuse.recipe import load_recipe
 

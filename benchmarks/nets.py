@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slimfuse.data import load_fashion_mnist
-from slimfuse.finetune.loop import Schedule, best_precision, fit, steps_of
+from slimfuse.finetune.loop import best_precision, fit
+from slimfuse.finetune.schedule import Schedule, steps_of
 from slimfuse.nets import (
     Config,
     MLPConfig,

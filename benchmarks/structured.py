@@ -75,7 +75,7 @@ CASES = {
         "ViT 6 × 128, 4 heads, MLP 256, Fashion-MNIST", Path("recipes/vit/fashion-mnist.yaml"),
         "zoo/fashion-{seed}-a", {**UNITS, "heads 1/2": ("num_attention_heads", 2),
                                  "heads 1/4": ("num_attention_heads", 4)},
-        "a trained model with its own calibration images", seeds=(0,), share=2,
+        "trained models, each with its own calibration images", share=2,
         refits=("random", "l1", "mask-fisher", "energy", "ziplm", DEFAULT,
                 "OT merge, mask-fisher"),
     ),

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from slimfuse.data import load_fashion_mnist
 from slimfuse.families import FAMILIES
-from slimfuse.finetune.loop import batch_indices
+from slimfuse.finetune.schedule import batch_indices
 from slimfuse.nets import load
 from slimfuse.saliency import sparsify as library
 from slimfuse.saliency.fisher import Part, Sums, accumulate

@@ -15,7 +15,7 @@ from variants import interval, measure, rows, seeded
 from weights import bert_tiny, minilm
 
 from slimfuse.data import load_wordnet
-from slimfuse.finetune.loop import steps_of
+from slimfuse.finetune.schedule import steps_of
 from slimfuse.pipeline import Run, compress
 from slimfuse.recipe import Recipe, load_recipe
 from slimfuse.report import Row

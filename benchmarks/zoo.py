@@ -12,7 +12,8 @@ import torch
 from slimfuse.data import ImageData, Split, load_fashion_mnist
 from slimfuse.families import FAMILIES, Shape
 from slimfuse.finetune.distill import labels_loss
-from slimfuse.finetune.loop import Schedule, best_precision, fit, steps_of
+from slimfuse.finetune.loop import best_precision, fit
+from slimfuse.finetune.schedule import Schedule, steps_of
 from slimfuse.tasks import Augmentation, ImageClassification
 from slimfuse.tasks.image_classification import Pixels, make_processor
 

@@ -64,6 +64,15 @@ class CheckFailed(SlimfuseError):
     exit_code = 3
 
 
+class Terminated(BaseException):
+    """SIGTERM has come: what is under way is saved where it can be, and the process ends.
+
+    Like KeyboardInterrupt no Exception, so that nothing that mends errors takes it for one.
+    """
+
+    exit_code = 143
+
+
 def first_line(error: BaseException) -> str:
     """Return an error of a library as one short line: its kind and the first line it says."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}".rstrip(": ")

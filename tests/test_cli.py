@@ -13,7 +13,7 @@ import pytest
 from tiny_run import recipe, write_recipe
 
 from slimfuse import cli, doctor
-from slimfuse.finetune.loop import batch_indices
+from slimfuse.finetune.schedule import batch_indices
 from slimfuse.pipeline import Run
 from slimfuse.recipe import load_recipe
 from slimfuse.stock import Verified

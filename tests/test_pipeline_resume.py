@@ -83,7 +83,7 @@ def after_checkpoint(stage: str) -> None:
                 die()
             written.append(path)
 
-    patch(loop, "_save", check)
+    patch(loop, "save", check)
 
 
 def test_killed_in_every_stage_it_ends_with_the_same_bytes(
@@ -98,7 +98,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(
         for point in points if stage in trained else (at_start, when_whole):
 
             def arm(point: Callable[[str], None] = point, stage: str = stage) -> None:
-                patch(loop, "_restore", lambda path, *_: note(used, path))
+                patch(loop, "restore", lambda path, *_: note(used, path))
                 point(stage)
 
             assert was_killed(run(arm)), f"{point.__name__} of {stage} was never met"

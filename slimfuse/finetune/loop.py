@@ -1,31 +1,35 @@
-"""The one training loop: AdamW, warm-up and cosine, exact resume from any checkpoint."""
+"""The one training loop: AdamW on accelerate, exact resume, held-out choice, bad steps skipped."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from slimfuse.errors import SlimfuseError
-from slimfuse.finetune.interrupt import held
-from slimfuse.progress import console, track
+from slimfuse.finetune.checkpoint import Progress, restore, save
+from slimfuse.finetune.interrupt import Held, held
+from slimfuse.finetune.schedule import Schedule, batch_indices, parameter_groups
+from slimfuse.finetune.validate import Validation
+from slimfuse.progress import Tracker, console, track
 
 Precision = Literal["fp32", "bf16"]
 Loss = Callable[[nn.Module, Tensor], Tensor]
 CHECKPOINT_SECONDS = 60.0
-MAX_GRAD_NORM = 1.0
-POOL = 50  # batches whose samples are sorted by length at a time
+APART = 1_000_000_007
+"""Between the seeds of two processes."""
+MOST_BAD = 6
+"""Steps in a row without a finite loss before training gives up; from the second on each halves the
+rate."""
 
 
 class Zeros(Protocol):
@@ -41,28 +45,11 @@ class Zeros(Protocol):
         """Return what sets them to zero again."""
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast, and in which order.
+class Log(Protocol):
+    """Where a training writes what it sees as it goes."""
 
-    warmup: a fraction of the steps; ema: a decay per step; dropout: whether the model's own is
-    active; by_length: whether samples of like length share a batch.
-    """
-
-    steps: int
-    batch_size: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    ema: float | None = None
-    seed: int = 0
-    dropout: bool = True
-    by_length: bool = False
-
-
-def steps_of(samples: int, epochs: float, batch_size: int) -> int:
-    """Return how many optimizer steps `epochs` passes over `samples` take."""
-    return round(epochs * math.ceil(samples / batch_size))
+    def __call__(self, step: int, figures: dict[str, float]) -> None:
+        """Take the figures of a step, counted from 1."""
 
 
 def best_precision() -> Precision:
@@ -83,111 +70,236 @@ def fit(
     what: str,
     lengths: Tensor | None = None,
     zeros: Zeros | None = None,
-) -> list[float]:
-    """Train `model` in place and return the loss of every step.
+    blocks: Sequence[str] = (),
+    validation: Validation | None = None,
+    compiled: bool = False,
+    log: Log | None = None,
+) -> Progress:
+    """Train `model` in place and return its progress: the loss of every step, the best of them.
 
-    loss: called with the model and the indices (batch,) of the samples of one step.
+    loss: called with the model and the indices (batch,) of some samples, whose mean it returns.
     lengths: of the samples (samples,), where they differ; None: all are of one length.
     zeros: weights that no step may bring back; their gradients don't count in the norm that is
     clipped, nor in the optimizer's moments, and the averaged weights have them, too.
-    checkpoint: a safetensors file, written every minute and on Ctrl-C, which waits for the end of
-    the step; if it exists, training goes on from it and ends with the same weights as an
+    blocks: paths of the model's layers in order, which `layer_decay` counts.
+    validation: what is measured on held-out samples: the model ends with the weights that were the
+    best there. compiled: whether torch compiles the model. log: takes the figures of every step.
+    checkpoint: a safetensors file, written every minute, on Ctrl-C and on SIGTERM, which wait for
+    the end of the step; if it exists, training goes on from it and ends with the same weights as an
     undisturbed run, because the order of the samples and the random numbers of a step depend on
     the seed and the step alone. The last one is left for the caller to remove once the weights are
-    safe.
-    Raises SlimfuseError when the loss is not finite.
+    safe; beside it lie the best weights, where there is a validation.
+    A step whose loss or gradient is not finite changes nothing; the second one in a row and all
+    that follow it halve the rate for good, and the sixth raises SlimfuseError.
+    In several processes of an accelerate or torchrun launch each sees its share of every step, and
+    the main one writes.
     """
-    # autocast is ours: accelerate's own precision is fixed for the life of the process
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-    device = accelerator.device.type
-    model.to(accelerator.device).train()
-    if zeros is not None:
-        zeros.apply(model)
-    if not schedule.dropout:
-        _without_dropout(model)
-    optimizer = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.lr)
-    average = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema))
-        if schedule.ema
-        else None
-    )
-    history: list[float] = []
-    if checkpoint.exists():
-        history = _restore(checkpoint, model, optimizer, average)
-    hold = None if zeros is None else zeros.holding(model)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    saved = time.monotonic()
-    updating, buffers = False, list[Tensor]()  # those from before an unfinished step
+    run = _Run(model, loss, samples, schedule, precision, checkpoint, what, lengths, zeros,
+               validation, log)  # fmt: skip
+    run.begin(blocks, compiled)
+    with track(what, schedule.steps) as tell, held(run.rescue) as waiting:
+        tell(len(run.progress.losses))
+        while len(run.progress.losses) < schedule.steps and not run.progress.stopped:
+            run.obey(waiting)
+            run.step()
+            run.watch(tell)
+        run.save()
+    run.finish()
+    return run.progress
 
-    def rescue() -> None:
-        if updating or not history:
-            return
-        for buffer, before in zip(model.buffers(), buffers, strict=False):
+
+@dataclass
+class _Run:
+    """One training: its arguments as `fit` has them, and what it has come to."""
+
+    model: nn.Module
+    loss: Loss
+    samples: int
+    schedule: Schedule
+    precision: Precision
+    checkpoint: Path
+    what: str
+    lengths: Tensor | None
+    zeros: Zeros | None
+    validation: Validation | None
+    log: Log | None
+    progress: Progress = field(default_factory=Progress)
+    average: AveragedModel | None = None
+    updating: bool = False
+    buffers: list[Tensor] = field(default_factory=list)  # those from before an unfinished step
+    seen: dict[str, float] = field(default_factory=dict)  # of the last step
+    held_out: str = ""
+    saved: float = 0.0
+
+    def begin(self, blocks: Sequence[str], compiled: bool) -> None:
+        """Make the optimizer, and go on from a checkpoint where there is one."""
+        # autocast is ours: accelerate's own precision is fixed for the life of the process
+        self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+        model, plan = self.model, self.schedule
+        model.to(self.accelerator.device)
+        self.train_mode()
+        if self.zeros is not None:
+            self.zeros.apply(model)
+        groups = parameter_groups(model, plan.weight_decay, plan.layer_decay, blocks)
+        optimizer = torch.optim.AdamW(groups, lr=plan.lr)
+        if plan.ema:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(plan.ema))
+        if self.checkpoint.exists():
+            self.progress = restore(self.checkpoint, model, optimizer, self.average)
+            if self.validation is not None:
+                self.validation.check(self.progress, self.best)
+        self.hold = None if self.zeros is None else self.zeros.holding(model)
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if compiled:
+            self.wrapped = torch.compile(self.wrapped)
+        self.saved = time.monotonic()
+
+    @property
+    def best(self) -> Path:
+        """Where the weights lie that were the best on held-out samples."""
+        return self.checkpoint.with_name(f"{self.checkpoint.stem}-best.safetensors")
+
+    def train_mode(self) -> None:
+        """Put the model into training mode."""
+        self.model.train()
+        if not self.schedule.dropout:
+            _without_dropout(self.model)
+
+    def step(self) -> None:
+        """Make one step, or leave one out whose loss or gradient isn't finite."""
+        plan, progress, accelerator = self.schedule, self.progress, self.accelerator
+        number = len(progress.losses)
+        self.buffers = [buffer.clone() for buffer in self.model.buffers()]
+        indices = batch_indices(
+            self.samples, number, plan.batch_size, plan.seed,
+            self.lengths if plan.by_length else None,
+        )  # fmt: skip
+        rate = plan.lr * plan.factor(number) * 0.5**progress.halvings
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        torch.manual_seed(plan.seed * 1_000_003 + number + APART * accelerator.process_index)
+        value = self._gradients(indices)
+        if self.zeros is not None:
+            self.zeros.apply_gradients(self.model)
+        norm = float(accelerator.clip_grad_norm_(self.wrapped.parameters(), plan.clip))
+        finite = math.isfinite(value) and math.isfinite(norm)
+        self.updating = True
+        if finite:
+            self.optimizer.step()
+            if self.hold is not None:
+                self.hold()
+            if self.average is not None:
+                self.average.update_parameters(self.model)
+        else:
+            self._put_back()
+        self.optimizer.zero_grad()
+        progress.losses.append(value if finite else math.nan)
+        self.updating, self.buffers = False, []
+        self.seen = {"loss": progress.losses[-1], "rate": rate, "norm": norm}
+        self._count_bad(finite)
+
+    def _gradients(self, indices: Tensor) -> float:
+        """Add up the gradients of a step's parts, and return its loss."""
+        accelerator = self.accelerator
+        parts = indices.chunk(self.schedule.accumulate)
+        total = torch.zeros((), device=accelerator.device)
+        for place, part in enumerate(parts):
+            own, share = _share(part, accelerator.process_index, accelerator.num_processes)
+            share *= len(part) / len(indices)
+            last = place == len(parts) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+                with torch.autocast(
+                    accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16"
+                ):
+                    value = self.loss(self.wrapped, own)
+                accelerator.backward(value if share == 1 else value * share)
+            total += value.detach() * share
+        return float(accelerator.reduce(total, "mean"))
+
+    def _put_back(self) -> None:
+        for buffer, before in zip(self.model.buffers(), self.buffers, strict=False):
             buffer.copy_(before)
-        _save(checkpoint, model, optimizer, average, history)
-        console.print(f"  {what}: saved after {len(history)} of {schedule.steps} steps")
 
-    with track(what, schedule.steps) as tell, held(rescue) as obey:
-        tell(len(history))
-        for step in range(len(history), schedule.steps):
-            obey()
-            buffers = [buffer.clone() for buffer in model.buffers()]
-            indices = batch_indices(
-                samples, step, schedule.batch_size, schedule.seed,
-                lengths if schedule.by_length else None,
-            )  # fmt: skip
-            torch.manual_seed(schedule.seed * 1_000_003 + step)
-            rate = schedule.lr * _factor(step, schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                value = loss(wrapped, indices)
-            if not bool(torch.isfinite(value)):
-                raise SlimfuseError(
-                    f"the loss is not finite at step {step} while {what}",
-                    hint="lower the learning rate, or set runtime.precision: fp32",
-                )
-            accelerator.backward(value)
-            if zeros is not None:
-                zeros.apply_gradients(model)
-            accelerator.clip_grad_norm_(wrapped.parameters(), MAX_GRAD_NORM)
-            updating = True
-            optimizer.step()
-            if hold is not None:
-                hold()
-            optimizer.zero_grad()
-            if average is not None:
-                average.update_parameters(model)
-            history.append(float(value.detach()))
-            updating, buffers = False, []
-            tell(step + 1, f"loss {history[-1]:.3f}")
-            if time.monotonic() - saved >= CHECKPOINT_SECONDS:
-                _save(checkpoint, model, optimizer, average, history)
-                saved = time.monotonic()
-        _save(checkpoint, model, optimizer, average, history)
-    if average is not None:
-        model.load_state_dict(average.module.state_dict())
-    model.eval()
-    return history
+    def _count_bad(self, finite: bool) -> None:
+        progress, number = self.progress, len(self.progress.losses)
+        if finite:
+            progress.bad = 0
+            return
+        progress.bad += 1
+        progress.halvings += progress.bad > 1
+        if self.accelerator.is_main_process:
+            rest = "skipped" if progress.bad == 1 else "skipped, and the rate is halved"
+            console.print(f"  {self.what}: step {number} has no finite loss: {rest}")
+        if progress.bad >= MOST_BAD:
+            self.save()
+            raise SlimfuseError(
+                f"the loss is not finite in {progress.bad} steps in a row, up to step {number}, "
+                f"while {self.what}",
+                hint="lower the learning rate, or set runtime.precision: fp32; the weights from "
+                f"before these steps are in {self.checkpoint}",
+            )
+
+    def watch(self, tell: Tracker) -> None:
+        """Measure, write and tell what the last step has made due."""
+        progress, number = self.progress, len(self.progress.losses)
+        held_out = self.validation
+        if held_out is not None and held_out.due(number, self.schedule.steps):
+            judged = self.model if self.average is None else self.average.module
+            judged.eval()
+            with torch.no_grad():
+                value = held_out.judge(judged, number, progress, self.best)
+            self.train_mode()
+            self.seen["validation"] = value
+            self.held_out = f"{held_out.name} {value:.4g}"
+        if self.log is not None and self.accelerator.is_main_process:
+            self.log(number, self.seen)
+        words = (f"loss {self.seen['loss']:.3f}", self.held_out, f"rate {self.seen['rate']:.1e}")
+        tell(number, ", ".join(word for word in words if word))
+        if time.monotonic() - self.saved >= CHECKPOINT_SECONDS:
+            self.save()
+
+    def obey(self, waiting: Held) -> None:
+        """Raise a signal that has come to any process."""
+        others = False
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(bool(waiting.came)), device=self.accelerator.device)
+            others = bool(self.accelerator.reduce(flag, "sum") > 0)
+        waiting.obey(others=others)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        if self.accelerator.is_main_process:
+            save(self.checkpoint, self.model, self.optimizer, self.average, self.progress)
+        self.saved = time.monotonic()
+
+    def rescue(self) -> None:
+        """Save what is whole before the process ends; a half-made step is forgotten."""
+        if self.updating or not self.progress.losses:
+            return
+        self._put_back()
+        self.save()
+        done = f"{len(self.progress.losses)} of {self.schedule.steps} steps"
+        console.print(f"  {self.what}: saved after {done}")
+
+    def finish(self) -> None:
+        """Leave the model with the weights that training is for, in evaluation mode."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+        if self.validation is not None:
+            self.accelerator.wait_for_everyone()
+            self.validation.best_of(self.model, self.progress, self.best)
+        self.model.eval()
 
 
-def batch_indices(
-    samples: int, step: int, batch_size: int, seed: int, lengths: Tensor | None = None
-) -> Tensor:
-    """Return the samples of one step: a seeded shuffle per epoch, cut into batches.
+def _share(part: Tensor, process: int, processes: int) -> tuple[Tensor, float]:
+    """Return the samples of a part that a process sees, and what their mean loss counts.
 
-    lengths: of the samples; then the shuffle is cut into pools of 50 batches, each is sorted by
-    length before it is cut, and the batches are shuffled: they pad little, and stay random.
+    Gradients are averaged over processes, so that the shares' mean is one.
     """
-    per_epoch = math.ceil(samples / batch_size)
-    epoch, place = divmod(step, per_epoch)
-    generator = torch.Generator().manual_seed(seed * 7_919 + epoch)
-    order = torch.randperm(samples, generator=generator)
-    if lengths is not None:
-        pools = order.split(POOL * batch_size)
-        order = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools])
-        place = int(torch.randperm(per_epoch, generator=generator)[place])
-    return order[place * batch_size : (place + 1) * batch_size]
+    if processes == 1:
+        return part, 1.0
+    own = part[process::processes]
+    return (own, len(own) * processes / len(part)) if len(own) else (part[:1], 0.0)
 
 
 def _without_dropout(model: nn.Module) -> None:
@@ -199,68 +311,3 @@ def _without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()
-
-
-def _factor(step: int, schedule: Schedule) -> float:
-    """Return the rate of `step` relative to the peak: linear warm-up, then half a cosine."""
-    warm = max(1, round(schedule.warmup * schedule.steps))
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(1, schedule.steps - warm)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Decay matrices only: not biases, norms, class tokens and positions."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = {p for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)
-                for p in m.parameters(recurse=False) if p.ndim > 1}  # fmt: skip
-    return [
-        {"params": [p for p in parameters if p in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p not in matrices], "weight_decay": 0.0},
-    ]
-
-
-def _save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: AveragedModel | None,
-    history: list[float],
-) -> None:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-    if average is not None:
-        tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    tensors["history"] = torch.tensor(history, dtype=torch.float64)
-    temporary = path.with_suffix(".writing")  # a stage forgets it, and keeps the whole one
-    save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())  # else the name may outlive the content when the power fails
-    temporary.replace(path)
-
-
-def _restore(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None
-) -> list[float]:
-    try:
-        tensors = load_file(path)
-    except SafetensorError:  # damaged on disk: start over rather than stop
-        path.unlink()
-        return []
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-    model.load_state_dict(part("model."))
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in part("optimizer.").items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-    if average is not None:
-        average.load_state_dict(part("average."))
-    return [float(v) for v in tensors["history"]]

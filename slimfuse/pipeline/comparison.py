@@ -240,7 +240,7 @@ def _untrained(stages: Stages, parent: ParentJob) -> Path:
 
 
 def _steps(job: Job) -> int:
-    from slimfuse.finetune.loop import steps_of
+    from slimfuse.finetune.schedule import steps_of
 
     spec = job.recipe.finetune
     return steps_of(job.count("train"), spec.epochs, spec.batch_size)

@@ -10,7 +10,7 @@ import torch
 
 from slimfuse.errors import StorageError
 from slimfuse.families import Family
-from slimfuse.finetune.loop import steps_of
+from slimfuse.finetune.schedule import steps_of
 from slimfuse.fuse.cache import MEMORY_LIMIT
 from slimfuse.pipeline.common import BaseJob, ParentJob
 from slimfuse.pipeline.job import Job

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from slimfuse import __version__
 from slimfuse.errors import UserError
 from slimfuse.families import Shape
-from slimfuse.finetune.loop import steps_of
+from slimfuse.finetune.schedule import steps_of
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.deployment import Deployment, batch_of
 from slimfuse.pipeline.job import Job, prepare

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slimfuse.data.base import draw
 from slimfuse.errors import ShapeError, UserError
 from slimfuse.finetune.distill import Fetch, answered, labels_loss
-from slimfuse.finetune.loop import Schedule, steps_of
+from slimfuse.finetune.schedule import Schedule, steps_of
 from slimfuse.pipeline.common import BaseJob, Kind
 from slimfuse.pipeline.stages import BaseStages, Figures
 from slimfuse.recipe import Sparsify

@@ -20,7 +20,8 @@ from slimfuse import __version__
 from slimfuse.data import Split
 from slimfuse.families.pretrained import begin
 from slimfuse.finetune.distill import Fetch, distillation_loss, labels_loss
-from slimfuse.finetune.loop import Schedule, Zeros, fit, steps_of
+from slimfuse.finetune.loop import Zeros, fit
+from slimfuse.finetune.schedule import Schedule, steps_of
 from slimfuse.fuse.union import Parent
 from slimfuse.pipeline.calibration import calibration
 from slimfuse.pipeline.common import BaseJob, ParentJob, Part
@@ -218,7 +219,7 @@ class BaseStages(ABC):
             what=what,
             lengths=samples.lengths,
             zeros=zeros,
-        )
+        ).losses
 
     @property
     def finetune_schedule(self) -> Schedule:
