@@ -22,7 +22,7 @@ from tiny_run import TRAIN, recipe, save_parent, write_recipe
 
 from slimfuse import cli
 from slimfuse.errors import StorageError
-from slimfuse.finetune import loop
+from slimfuse.finetune import checkpoint, loop
 from slimfuse.pipeline import compress
 from slimfuse.pipeline import run as story
 from slimfuse.store import Store
@@ -389,7 +389,7 @@ def test_disk_that_is_full_when_a_checkpoint_is_written(
         raise SafetensorError('IoError(Os { code: 28, message: "No space left on device" })')
 
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(loop, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(StorageError, match="the disk is full"):
         compress(tiny_recipe, out=tmp_path / "run")
 
