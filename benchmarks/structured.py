@@ -24,7 +24,8 @@ from torch.nn.functional import cross_entropy
 from slimfuse.batch import Inputs
 from slimfuse.fuse.choice import keep
 from slimfuse.fuse.intra import IntraSettings, intra_fuse
-from slimfuse.fuse.refit import Parent, Settings, count_rows, refit
+from slimfuse.fuse.narrowing import count_rows
+from slimfuse.fuse.refit import Parent, Settings, refit
 from slimfuse.fuse.scoring import Saliency, subject
 from slimfuse.pipeline.job import prepare
 from slimfuse.pipeline.run import quiet

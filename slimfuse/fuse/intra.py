@@ -25,8 +25,8 @@ from slimfuse.batch import Batches
 from slimfuse.errors import ParentError
 from slimfuse.families import Block, Family
 from slimfuse.fuse.baselines import shortened
+from slimfuse.fuse.narrowing import count_rows
 from slimfuse.fuse.plans import unsolvable
-from slimfuse.fuse.refit import count_rows
 from slimfuse.fuse.scoring import Saliency, subject
 from slimfuse.fuse.transport import TransportFusion
 from slimfuse.fuse.transport_heads import (

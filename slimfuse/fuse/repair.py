@@ -18,7 +18,8 @@ from slimfuse.fuse.fits import Draw, Ridge
 from slimfuse.fuse.importance import TOKENS, gradients, token_weights
 from slimfuse.fuse.labels import Goals, MeanLogits
 from slimfuse.fuse.memory import hold_steady
-from slimfuse.fuse.refit import Settings, build_blocks, count_rows
+from slimfuse.fuse.narrowing import count_rows
+from slimfuse.fuse.refit import Settings, build_blocks
 from slimfuse.fuse.union import Member, Parent, Union
 from slimfuse.spaces import LinearMap
 

@@ -41,7 +41,7 @@ from slimfuse.batch import Batches
 from slimfuse.errors import ParentError, ShapeError
 from slimfuse.families import Family
 from slimfuse.fuse.cache import StreamCache
-from slimfuse.fuse.refit import count_rows
+from slimfuse.fuse.narrowing import count_rows
 from slimfuse.fuse.scoring import subject
 from slimfuse.fuse.transport_move import Move
 from slimfuse.fuse.transport_policies import MapRecord, TransportSettings

@@ -13,7 +13,7 @@ import torch
 from slimfuse.batch import Inputs
 from slimfuse.errors import ShapeError
 from slimfuse.families import Family, Shape
-from slimfuse.fuse.refit import count_rows
+from slimfuse.fuse.narrowing import count_rows
 from slimfuse.fuse.scoring import cut_losses, subject
 from slimfuse.pipeline.calibration import calibration
 from slimfuse.pipeline.common import Opened

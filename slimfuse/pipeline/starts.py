@@ -18,7 +18,8 @@ from slimfuse.fuse.gauge_reduce import reduce
 from slimfuse.fuse.importance import TOKENS, all_depths_importance
 from slimfuse.fuse.intra import IntraSettings, intra_fuse
 from slimfuse.fuse.labels import Goals
-from slimfuse.fuse.refit import Settings, count_rows, refit
+from slimfuse.fuse.narrowing import count_rows
+from slimfuse.fuse.refit import Settings, refit
 from slimfuse.fuse.repair import repair
 from slimfuse.fuse.transport import TransportSettings, fuse_by_transport
 from slimfuse.fuse.union import Parent
