@@ -84,7 +84,7 @@ def main() -> None:
             "cpu_minutes": minutes,
             "conditions": conditions,
             "samples": job.count("test"),
-            "steps": stages.finetune_schedule.steps,
+            "steps": stages.tuning.schedule.steps,
         }
 
     conditions = machine() | {"threads": str(arguments.threads), "recipe": RECIPE.name}

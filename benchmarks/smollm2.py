@@ -137,7 +137,7 @@ def main() -> None:
         tuned = stages.finetune("fused")
         exported, gap = Deployment(stages).export("child", tuned.path, tuned.key)
         same, count, texts = generated(tuned.path, exported.path / "model.onnx", job.threads)
-    steps, length = stages.finetune_schedule.steps, job.opened.tokens(job.target)
+    steps, length = stages.tuning.schedule.steps, job.opened.tokens(job.target)
     content["onnx"] = {"same": same, "prompts": count, "tokens": TOKENS, "parity": gap}
     content["texts"] = texts
     content["budget"] = {

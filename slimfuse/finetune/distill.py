@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from slimfuse.batch import Batch, call
+from slimfuse.batch import Batch, call, token_mask
+from slimfuse.finetune.hidden import Hidden, observing
 from slimfuse.tasks import Criterion, Task
 
 Fetch = Callable[[Tensor], tuple[Batch, Tensor]]
 """Sample indices (batch,) -> model inputs and labels."""
-Teach = Callable[[Tensor, Batch, Tensor], Tensor]
-"""Sample indices, inputs, labels -> what the teachers say of the rows that count."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is taught of some samples.
+
+    rows: what the teachers say of the rows that count; streams: what the child's shall be behind
+    each of its blocks, where that is taught.
+    """
+
+    rows: Tensor
+    streams: tuple[Tensor, ...] = ()
+
+
+Teach = Callable[[Tensor, Batch, Tensor], Lesson]
+"""Sample indices, inputs, labels -> the lesson."""
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -39,22 +55,34 @@ def distillation_loss(
     temperature: float,
     hardness: float,
     criterion: Criterion | None = None,
+    label_smoothing: float = 0.0,
+    hidden: Hidden | None = None,
 ) -> Loss:
     """Return `hardness`·(distance from the teachers) + (1 - `hardness`)·(loss against labels).
 
     criterion: the task's, or what it has become for this training. Without labels the teachers
-    are all there is.
+    are all there is. hidden: adds its weight times the distance of the child's streams from the
+    lesson's.
     """
     judge = criterion or task.criterion
 
     def loss(model: nn.Module, indices: Tensor) -> Tensor:
         inputs, goals = fetch(indices)
-        rows, labels = answered(task, model, inputs, goals)
+        plain = getattr(model, "module", model)  # what several processes share wraps it
+        with observing(plain, () if hidden is None else hidden.blocks) as seen:
+            rows, labels = answered(task, model, inputs, goals)
+        lesson = teach(indices, inputs, goals)
+        total = torch.zeros((), device=rows.device)
+        if hidden is not None:
+            mask = token_mask(inputs)
+            streams = [stream.to(rows.device) for stream in lesson.streams]
+            apart = hidden.distance(seen, streams, None if mask is None else mask.to(rows.device))
+            total = total + hidden.weight * apart
         if not len(rows):
-            return rows.sum()
-        told = judge.taught(rows, teach(indices, inputs, goals).to(rows.device), temperature)
-        hard = judge.labelled(rows, labels, 0.0)
-        return told if hard is None else hardness * told + (1 - hardness) * hard
+            return total + rows.sum()
+        told = judge.taught(rows, lesson.rows.to(rows.device), temperature)
+        hard = judge.labelled(rows, labels, label_smoothing)
+        return total + (told if hard is None else hardness * told + (1 - hardness) * hard)
 
     return loss
 

@@ -17,10 +17,12 @@ from slimfuse.errors import RecipeError, SlimfuseError, UserError
 from slimfuse.families import Shape
 from slimfuse.pipeline.common import ParentJob, Part
 from slimfuse.pipeline.contenders import ablation, ladder, variations
+from slimfuse.pipeline.held_out import learnt
 from slimfuse.pipeline.job import Job, prepare
 from slimfuse.pipeline.run import lock_text, prepare_again, quiet, write_lock
 from slimfuse.pipeline.shaping import pinned
 from slimfuse.pipeline.stages import Stages
+from slimfuse.pipeline.tuning import finetune_steps
 from slimfuse.progress import console
 from slimfuse.recipe import Anchor, Located, Recipe, Train, load_located
 from slimfuse.store import Store, write_text
@@ -114,7 +116,7 @@ def compare(
             error.where = loaded.locate(error.where)
             raise
         shape = job.proposal.shape
-        budgets = tuple(sorted({0, *(steps if steps is not None else (_steps(job),))}))
+        budgets = tuple(sorted({0, *(steps if steps is not None else (finetune_steps(job),))}))
         samples, metric = job.count("test"), job.task.metric
         variants = {n: _variant(one, n, seed, job, shapes) for n, one in varied.items()}
         torch.set_num_threads(job.threads)
@@ -221,7 +223,7 @@ def _one_seed(
 
 def _trained_for(job: Job, steps: int) -> Job:
     spec = job.recipe.finetune
-    epochs = steps / math.ceil(job.count("train") / spec.batch_size)
+    epochs = steps / math.ceil(learnt(job.count("train"), spec.validation) / spec.batch_size)
     finetune = spec.model_copy(update={"epochs": epochs})
     return replace(job, recipe=job.recipe.model_copy(update={"finetune": finetune}))
 
@@ -237,13 +239,6 @@ def _untrained(stages: Stages, parent: ParentJob) -> Path:
 
     inputs = stages.base | {"untrained": stages.parent(parent)[1], "seed": seed}
     return stages.store.stage("untrained", inputs, build).path.resolve()
-
-
-def _steps(job: Job) -> int:
-    from slimfuse.finetune.schedule import steps_of
-
-    spec = job.recipe.finetune
-    return steps_of(job.count("train"), spec.epochs, spec.batch_size)
 
 
 def _for_seed(overrides: Sequence[str], seed: int) -> tuple[str, ...]:

@@ -8,9 +8,15 @@ from math import isinf
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from slimfuse.fuse.depth import Segments
 from slimfuse.fuse.gauge_maps import Alignment
 from slimfuse.fuse.refit import Fusion, Part
 from slimfuse.fuse.transport import TransportFusion
+
+STREAMS_FILE = "streams.safetensors"
 
 
 def refitted(fusion: Fusion, parents: list[str]) -> dict[str, Any]:
@@ -51,6 +57,24 @@ def part_records(parts: Sequence[Part]) -> list[dict[str, Any]]:
         }
         for p in parts
     ]
+
+
+def stream_tensors(
+    mixes: Sequence[Tensor], segments: Sequence[Segments], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the maps E_p (m, d_p) and the depths that face the child's blocks, by parents' names.
+
+    An empty segment stands where the one before it ended.
+    """
+    found = {}
+    for name, mix, own in zip(names, mixes, segments, strict=True):
+        found[f"mix.{name}"] = mix.float().contiguous()
+        depths, last = [], 0
+        for segment in own:
+            last = segment.stop if len(segment) else last
+            depths.append(last)
+        found[f"depths.{name}"] = torch.tensor(depths)
+    return found
 
 
 def averaged(found: Sequence[Alignment], parents: list[str]) -> dict[str, Any]:

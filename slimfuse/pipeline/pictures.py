@@ -216,11 +216,11 @@ def losses_of(trained: Mapping[str, Stage]) -> dict[str, dict[str, list[float]]]
     """Return the smoothed losses of trainings by name, as series of a picture; none of no steps."""
     series = {}
     for name, stage in trained.items():
-        losses = np.asarray(json.loads((stage.path / "losses.json").read_text()))
+        losses = np.asarray(json.loads((stage.path / "losses.json").read_text()), dtype=float)
         window = max(1, min(SMOOTHING, len(losses) // 10))
         count = len(losses) // window
         if count:
-            means = losses[: count * window].reshape(count, window).mean(axis=1)
+            means = np.nanmean(losses[: count * window].reshape(count, window), axis=1)
             steps = (np.arange(count) + 1) * window
             series[name] = {"x": steps.tolist(), "y": means.tolist()}
     return series

@@ -15,8 +15,11 @@ from slimfuse.fuse.cache import MEMORY_LIMIT
 from slimfuse.pipeline.common import BaseJob, ParentJob
 from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.labelling import training_split
+from slimfuse.pipeline.lessons import LIMIT, size
 from slimfuse.pipeline.shaping import largest_config
 from slimfuse.pipeline.sparse import recovery_steps, settings_of
+from slimfuse.pipeline.teaching import cached
+from slimfuse.pipeline.tuning import finetune_steps
 from slimfuse.recipe import Recipe, Sparsify
 from slimfuse.recipe.sparsifying import BY_BLOCK, BY_GRADIENTS
 from slimfuse.saliency.fisher import HELD, MEMORY
@@ -63,7 +66,8 @@ class Outset:
 
     parents: their configs by name, all that are there before the child; fused: the names of those
     but for the anchor; steps: of training, by name and of "child"; samples: for calibration;
-    tokens: of a usual sample; flops: of one, by config; cached: bytes of prepared samples.
+    tokens: of a usual sample; flops: of one, by config; cached: bytes of prepared samples;
+    lessons: of hidden states that are kept.
     """
 
     recipe: Recipe
@@ -78,6 +82,7 @@ class Outset:
     tokens: int
     flops: Callable[[Any], int]
     cached: int
+    lessons: int = 0
 
 
 def make_plan(job: Job) -> Plan:
@@ -92,7 +97,7 @@ def make_plan(job: Job) -> Plan:
             tuple(p.name for p in job.parents), job.proposal, job.target, steps,
             min(recipe.data.calibration.samples, job.count("train")),
             job.opened.tokens(job.target), lambda c: job.opened.flops(job.family, c),
-            job.opened.cached_bytes,
+            job.opened.cached_bytes, lesson_bytes(job),
         )
     )  # fmt: skip
 
@@ -121,15 +126,27 @@ def plan_of(given: Outset) -> Plan:
         zeros_memory(recipe.sparsify, child.bytes),
     )
     memory = RUNTIME_BYTES + given.cached + needed
-    disk = disk_bytes(every) + streams - held + zeros_disk(recipe.sparsify, child.bytes)
+    disk = (
+        disk_bytes(every)
+        + given.lessons
+        + streams
+        - held
+        + zeros_disk(recipe.sparsify, child.bytes)
+    )
     notes = zeros_notes(recipe.sparsify)
     return Plan(tuple(every), memory, disk, given.proposal, _searched(given), notes)
 
 
+def lesson_bytes(job: BaseJob) -> int:
+    """Return the bytes of the parents' hidden states that finetuning keeps on disk."""
+    wanted = job.recipe.finetune.distill.hidden and cached(job)
+    taken = size(job) if wanted else 0
+    return taken if taken <= LIMIT else 0
+
+
 def child_steps(job: BaseJob) -> int:
     """Return how many steps the child is trained for, its recovery from pruning included."""
-    spec, sparse = job.recipe.finetune, job.recipe.sparsify
-    steps = steps_of(job.count("train"), spec.epochs, spec.batch_size)
+    sparse, steps = job.recipe.sparsify, finetune_steps(job)
     return steps + (recovery_steps(job, sparse) if sparse is not None else 0)
 
 

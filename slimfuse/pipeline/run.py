@@ -16,7 +16,6 @@ from ruamel.yaml import YAML
 from slimfuse import __version__
 from slimfuse.errors import UserError
 from slimfuse.families import Shape
-from slimfuse.finetune.schedule import steps_of
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.deployment import Deployment, batch_of
 from slimfuse.pipeline.job import Job, prepare
@@ -31,6 +30,7 @@ from slimfuse.pipeline.shaping import pinned
 from slimfuse.pipeline.sparse import check_zeros, thin
 from slimfuse.pipeline.sparse_report import card, measure_files
 from slimfuse.pipeline.stages import METHOD_OF, BaseStages, Figures, Stages
+from slimfuse.pipeline.tuning import finetune_steps
 from slimfuse.progress import console, working
 from slimfuse.recipe import Located, NetRecipe, Recipe, load_located
 from slimfuse.report import Report, render_html, to_json
@@ -225,8 +225,7 @@ def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
     files = {"model.safetensors": "sparse" if sparse else "finetuned", "onnx/model.onnx": "onnx"}
     if shipped is not None:
         files["onnx/model_quantized.onnx"] = "onnx-int8"
-    spec = job.recipe.finetune
-    steps = steps_of(job.count("train"), spec.epochs, spec.batch_size)
+    steps = finetune_steps(job)
     shown = {file: (measured[row][key], batches.get(row)) for file, row in files.items()}
     parents_shown = {p.name: measured[p.name][key] for p in job.parents}
     told = card(job, sparse) if sparse is not None else ""

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from slimfuse.data.base import draw
 from slimfuse.errors import ShapeError, UserError
 from slimfuse.finetune.distill import Fetch, answered, labels_loss
-from slimfuse.finetune.schedule import Schedule, steps_of
+from slimfuse.finetune.schedule import Schedule
 from slimfuse.pipeline.common import BaseJob, Kind
-from slimfuse.pipeline.stages import BaseStages, Figures
+from slimfuse.pipeline.stages import BaseStages, Figures, save_losses
+from slimfuse.pipeline.tuning import finetune_steps
 from slimfuse.recipe import Sparsify
 from slimfuse.recipe.sparsifying import BY_BLOCK, BY_GRADIENTS, WeightScorer
 from slimfuse.saliency.gradients import BatchLoss
@@ -102,7 +103,9 @@ class Thinning:
             "seed": job.recipe.runtime.seed,
         }
         if any(step.steps for step in self._schedules[:-1]):
-            inputs |= stages.tuning | {"steps": [step.steps for step in self._schedules[:-1]]}
+            inputs |= stages.tuning.inputs | {
+                "steps": [step.steps for step in self._schedules[:-1]]
+            }
 
         def build(folder: Path) -> None:
             model = self._load(dense)
@@ -131,7 +134,9 @@ class Thinning:
             (folder / _checkpoint(step - 1)).unlink(missing_ok=True)
             schedule = self._schedules[step - 1]
             what = f"recovering from step {step} of {self.spec.steps}"
-            self.stages.tune(model, schedule, folder / _checkpoint(step), what, zeros=masks)
+            self.stages.tuning.run(
+                model, folder / _checkpoint(step), what, schedule=schedule, zeros=masks
+            )
             model.eval()
 
         return train
@@ -143,16 +148,16 @@ class Thinning:
         def build(folder: Path) -> None:
             model, masks = self._load(pruned), Masks.load(pruned.path / FILE)
             what = f"recovering{' the control' if self.suffix else ''} from {self.scorer}"
-            losses = stages.tune(model, last, folder / CHECKPOINT, what, zeros=masks)
+            losses = stages.tuning.run(model, folder / CHECKPOINT, what, schedule=last, zeros=masks)
             self._save(model, masks, folder)
-            (folder / "losses.json").write_text(json.dumps(losses))
+            save_losses(losses, folder)
 
-        return stages.store.stage(f"sparse{self.suffix}", inputs | stages.tuning, build)
+        return stages.store.stage(f"sparse{self.suffix}", inputs | stages.tuning.inputs, build)
 
     @cached_property
     def _schedules(self) -> list[Schedule]:
         """The training after every step: equal parts, what is left over after the last."""
-        whole, steps = self.stages.finetune_schedule, self.spec.steps
+        whole, steps = self.stages.tuning.schedule, self.spec.steps
         total = recovery_steps(self.job, self.spec)
         counts = [total // steps] * (steps - 1)
         counts.append(total - sum(counts))
@@ -186,9 +191,7 @@ def _checkpoint(step: int) -> str:
 
 def recovery_steps(job: BaseJob, spec: Sparsify) -> int:
     """Return how many steps of training the zeros are made good by, all together."""
-    tuning = job.recipe.finetune
-    epochs = tuning.epochs if spec.epochs is None else spec.epochs
-    return steps_of(job.count("train"), epochs, tuning.batch_size)
+    return finetune_steps(job, spec.epochs)
 
 
 def settings_of(spec: Sparsify, scorer: WeightScorer, seed: int) -> Spec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,17 +20,18 @@ from torch import Tensor, nn
 from slimfuse import __version__
 from slimfuse.data import Split
 from slimfuse.families.pretrained import begin
-from slimfuse.finetune.distill import Fetch, distillation_loss, labels_loss
-from slimfuse.finetune.loop import Zeros, fit
+from slimfuse.finetune.distill import Fetch, labels_loss
+from slimfuse.finetune.loop import fit
 from slimfuse.finetune.schedule import Schedule, steps_of
 from slimfuse.fuse.union import Parent
 from slimfuse.pipeline.calibration import calibration
 from slimfuse.pipeline.common import BaseJob, ParentJob, Part
-from slimfuse.pipeline.fusion_record import save_fusion
+from slimfuse.pipeline.fusion_record import STREAMS_FILE, save_fusion
 from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.labelling import training_split
-from slimfuse.pipeline.starts import METHODS, Ingredients
+from slimfuse.pipeline.starts import METHODS, STREAMS, Ingredients
 from slimfuse.pipeline.teaching import Teaching, spread
+from slimfuse.pipeline.tuning import Tuning
 from slimfuse.pipeline.vocabularies import align
 from slimfuse.recipe import Training
 from slimfuse.store import CHECKPOINT, KEY_LENGTH, Stage, Store, digest
@@ -58,7 +60,7 @@ class BaseStages(ABC):
         """Take a job and its store; shared: prepared splits of another job on the same data."""
         self.job, self.store, self.recipe = job, store, job.recipe
         self.shared: Shared = {} if shared is None else shared
-        self.teaching = Teaching(self)
+        self.teaching, self.tuning = Teaching(self), Tuning(self)
         self.base: dict[str, Any] = {
             "slimfuse": __version__,
             "versions": {name: version(name) for name in job.libraries},
@@ -163,73 +165,12 @@ class BaseStages(ABC):
         def build(folder: Path) -> None:
             model = self.job.family.load(start.path, attention="eager")
             what = f"finetuning {'the child' if kind == 'fused' else kind}"
-            losses = self.tune(model, self.finetune_schedule, folder / CHECKPOINT, what)
+            losses = self.tuning.run(model, folder / CHECKPOINT, what, kind=kind)
             self.save(model, folder)
-            (folder / "losses.json").write_text(json.dumps(losses))
+            save_losses(losses, folder)
 
         name = "finetuned" if kind == "fused" else f"finetuned-{kind}"
-        return self.store.stage(name, self.base | {"start": start.key} | self.tuning, build)
-
-    @property
-    def tuning(self) -> dict[str, Any]:
-        """What a training with the teachers depends on, beside its start and its data."""
-        teachers = self.job.teachers
-        inputs: dict[str, Any] = {
-            "finetune": self.recipe.finetune.model_dump(mode="json"),
-            "teachers": [[t.name, t.weight, self.parent(t)[1]] for t in teachers],
-            "precision": self.job.precision,
-        }
-        if self.teaching.mixed(teachers):  # their union is fitted on the calibration samples
-            inputs["calibration"] = self.job.recipe.data.calibration.model_dump(mode="json")
-        return inputs
-
-    def tune(
-        self,
-        model: nn.Module,
-        schedule: Schedule,
-        checkpoint: Path,
-        what: str,
-        *,
-        zeros: Zeros | None = None,
-    ) -> list[float]:
-        """Train a child in place with its teachers, and return the loss of every step."""
-        if not schedule.steps:
-            return []
-        spec = self.recipe.finetune
-        if spec.freeze_embeddings:
-            for module in model.modules():
-                if isinstance(module, nn.Embedding):
-                    module.requires_grad_(False)
-        samples, task = self.samples("train"), self.job.task
-        teach = self.teaching.targets()
-        return fit(
-            model,
-            distillation_loss(
-                task,
-                self.fetch(samples, spec.augment),
-                teach,
-                temperature=spec.distill.temperature,
-                hardness=spec.distill.hardness,
-                criterion=task.criterion.begun(lambda: self.teaching.first(model, samples, teach)),
-            ),
-            len(samples),
-            schedule,
-            precision=self.job.precision,
-            checkpoint=checkpoint,
-            what=what,
-            lengths=samples.lengths,
-            zeros=zeros,
-        ).losses
-
-    @property
-    def finetune_schedule(self) -> Schedule:
-        """Steps and rates of finetuning."""
-        spec = self.recipe.finetune
-        return Schedule(
-            steps_of(self.job.count("train"), spec.epochs, spec.batch_size), spec.batch_size,
-            spec.lr, spec.weight_decay, spec.warmup, spec.ema, spec.seed, spec.dropout,
-            spec.group_by_length,
-        )  # fmt: skip
+        return self.store.stage(name, self.base | {"start": start.key} | self.tuning.inputs, build)
 
     def evidence(self, stage: Stage) -> Evidence:
         """Return what a stage's model says of the test set, through torch."""
@@ -347,6 +288,9 @@ class Stages(BaseStages):
                 seed=recipe.runtime.seed,
             )
             record = METHODS[method](given)
+            maps = record.pop(STREAMS, None)
+            if maps is not None:
+                save_file(maps, folder / STREAMS_FILE)
             told = getattr(loaded[0].model, "generation_config", None) if loaded else None
             if told is not None:
                 model.generation_config = copy.deepcopy(told)
@@ -354,6 +298,12 @@ class Stages(BaseStages):
             self.save(model, folder)
 
         return self.store.stage(kind, inputs, build)
+
+
+def save_losses(losses: Sequence[float], folder: Path) -> None:
+    """Write the loss of every step; a step that was left out has none."""
+    told = [None if math.isnan(loss) else loss for loss in losses]
+    (folder / "losses.json").write_text(json.dumps(told))
 
 
 def config_values(config: Any) -> dict[str, Any]:

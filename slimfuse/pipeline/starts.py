@@ -23,12 +23,20 @@ from slimfuse.fuse.refit import Settings, refit
 from slimfuse.fuse.repair import repair
 from slimfuse.fuse.transport import TransportSettings, fuse_by_transport
 from slimfuse.fuse.union import Parent
-from slimfuse.pipeline.fusion_record import averaged, part_records, refitted, transported
+from slimfuse.pipeline.fusion_record import (
+    averaged,
+    part_records,
+    refitted,
+    stream_tensors,
+    transported,
+)
 from slimfuse.recipe import Fuse, Method, Plans
 from slimfuse.transport import Solver
 
 DEFAULT_REG = 0.05
 Record = dict[str, Any]
+STREAMS = "streams"
+"""In the record of a refit: the maps of its parents' streams, as tensors."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,9 @@ def by_refit(given: Ingredients) -> Record:
         settings_of(given.fuse, given.seed), n_batches=given.n_batches, goals=given.goals(),
         scratch=given.scratch,
     )  # fmt: skip
-    return refitted(fusion, [p.name for p in given.parents])
+    names = [p.name for p in given.parents]
+    maps = stream_tensors(fusion.mixes, fusion.segments, names)
+    return refitted(fusion, names) | {STREAMS: maps}
 
 
 def by_gauge(given: Ingredients) -> Record:

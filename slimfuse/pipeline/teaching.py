@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,18 +12,30 @@ from torch import Tensor, nn
 
 from slimfuse.batch import Batch, call
 from slimfuse.families import Layout
-from slimfuse.finetune.distill import Teach, told
+from slimfuse.finetune.distill import Lesson, Teach, told
+from slimfuse.finetune.hidden import Hidden, observing
 from slimfuse.fuse.labels import FLOOR, Goals, LabelUnion, Share
-from slimfuse.pipeline.common import ParentJob
+from slimfuse.pipeline import lessons
+from slimfuse.pipeline.common import BaseJob, ParentJob
 from slimfuse.pipeline.job import Job
 from slimfuse.tasks import Samples
+from slimfuse.tasks.criteria import Categorical
 
 if TYPE_CHECKING:
     from slimfuse.pipeline.stages import BaseStages
 
 OUTSIDE = -1e4  # the logit of a class that a parent doesn't know
 BATCH = 256
+Rows = Callable[[Tensor, Batch, list[Tensor]], Tensor]
+"""Sample indices, inputs, the answers of those who are asked -> the rows that count."""
 FIRST = 2048  # training samples that a criterion may look at before the training
+
+
+def cached(job: BaseJob) -> bool:
+    """Whether what teachers say of a sample is kept: it comes again, the same each time."""
+    spec = job.recipe.finetune
+    same = not (spec.augment or spec.mixup or spec.cutmix)
+    return job.task.cached and same and spec.epochs > 1
 
 
 def spread(scores: Tensor, places: Sequence[int], classes: int) -> Tensor:
@@ -42,7 +55,8 @@ def answer(model: nn.Module, layout: Layout, inputs: Batch) -> tuple[Tensor, Ten
     head = model.get_submodule(layout.head)
     handle = head.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))
     try:
-        logits: Tensor = call(model, inputs).logits
+        like = next(model.parameters())
+        logits: Tensor = call(model, inputs.to(like.device, like.dtype)).logits
     finally:
         handle.remove()
     return logits, seen[0]
@@ -83,9 +97,8 @@ class Teaching:
 
     @property
     def cached(self) -> bool:
-        """Whether the teachers' outputs are kept: images come again, the same each time."""
-        spec = self.job.recipe.finetune
-        return self.job.task.cached and not spec.augment and spec.epochs > 1
+        """Whether the teachers' outputs are kept."""
+        return cached(self.job)
 
     def mixed(self, parents: Sequence[ParentJob]) -> bool:
         """Whether some of these parents don't know all classes, or in another order."""
@@ -129,44 +142,105 @@ class Teaching:
         assert isinstance(self.job, Job), "only there may parents know other classes"
         return self.job.family.layout(parent.config)
 
-    def targets(self) -> Teach:
-        """Return what the teachers say of the rows that count, see `Teach`.
+    def targets(self, hidden: Hidden | None = None) -> Teach:
+        """Return what teaches: the rows that count, and streams where `hidden` asks for them.
 
         Answers that are kept were given in the teachers' own precision; those given amid a
-        training are in its own: in bf16 in half the time. Where nothing is kept, the function
-        holds the loaded models: they are in memory as long as it is.
+        training are in its own: in bf16 in half the time. Where not all is kept, the function
+        holds the loaded models: they are in memory as long as it is. A model that gives both its
+        answers and its streams runs once.
         """
-        temperature = self.job.recipe.finetune.distill.temperature
-        teachers, family, task = self.job.teachers, self.job.family, self.job.task
-        weights = [t.weight for t in teachers]
-        if self.cached and not self.mixed(teachers):
-            kept = [self.stages.outputs(t).train for t in teachers]
-            every = task.criterion.combine([k for k in kept if k is not None], weights, temperature)
-            return lambda indices, _inputs, _labels: every[indices]
-        models = [family.load(self.stages.parent(t)[0], attention="eager") for t in teachers]
+        teachers, task = self.job.teachers, self.job.task
+        sources = {} if hidden is None else {source.name: source for source in hidden.sources}
+        rows, asked = self._rows()
+        read = None
+        if hidden is not None and self._keeps(hidden):
+            read = self._kept(hidden)
+            sources = {}
+        needed = [p for p in self.job.parents if p in asked or p.name in sources]
+        models = {p.name: self._load(p) for p in needed}
+
+        def teach(indices: Tensor, inputs: Batch, labels: Tensor) -> Lesson:
+            answers, seen = {}, {}
+            for name, model in models.items():
+                blocks = sources[name].blocks if name in sources else ()
+                with observing(model, blocks) as streams:
+                    answers[name] = told(task, model, inputs, labels)
+                seen[name] = {k: v.detach() for k, v in streams.items()}
+            said = rows(indices, inputs, [answers[t.name] for t in teachers if t in asked])
+            if hidden is None:
+                return Lesson(said)
+            if read is not None:
+                return Lesson(said, read(indices, inputs))
+            return Lesson(said, hidden.goals([seen[name] for name in sources]))
+
+        return teach
+
+    def _keeps(self, hidden: Hidden) -> bool:
+        """Whether hidden states are kept on disk: samples come again, and all fit the limit."""
+        return self.cached and lessons.size(self.job) <= lessons.LIMIT
+
+    def _kept(self, hidden: Hidden) -> lessons.Goals:
+        """Return goals that are read from disk; the parents are only loaded to make them."""
+        parents = {p.name: p for p in self.job.parents}
+        models: dict[str, nn.Module] = {}
+
+        def ask(_indices: Tensor, inputs: Batch) -> tuple[Tensor, ...]:
+            seen = []
+            for source in hidden.sources:
+                if source.name not in models:
+                    models[source.name] = self._load(parents[source.name])
+                model = models[source.name]
+                like = next(model.parameters())
+                with observing(model, source.blocks) as streams:
+                    call(model, inputs.to(like.device, like.dtype))
+                seen.append(streams)
+            return hidden.goals(seen)
+
+        found = lessons.kept(self.stages, hidden, self.stages.samples("train"), ask)
+        models.clear()
+        return found
+
+    def _load(self, parent: ParentJob) -> nn.Module:
+        """Return a parent's model where the training is."""
+        model = self.job.family.load(self.stages.parent(parent)[0], attention="eager")
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _rows(self) -> tuple[Rows, Sequence[ParentJob]]:
+        """Return what makes the rows that count of the teachers' answers, and who has to answer."""
+        spec, task, teachers = self.job.recipe.finetune, self.job.task, self.job.teachers
+        temperature, weights = spec.distill.temperature, [t.weight for t in teachers]
+        criterion = task.criterion
+        if spec.distill.combine == "confident":
+            assert isinstance(criterion, Categorical), "the recipe asks for answers of classes"
+            criterion = replace(criterion, confident=True)
         if not self.mixed(teachers):
 
-            def say(_indices: Tensor, inputs: Batch, labels: Tensor) -> Tensor:
-                answers = [told(task, m, inputs, labels) for m in models]
-                with torch.autocast(inputs.device.type, enabled=False):
-                    return task.criterion.combine(answers, weights, temperature)
+            def combine(_indices: Tensor, inputs: Batch, answers: list[Tensor]) -> Tensor:
+                with torch.autocast(answers[0].device.type, enabled=False):
+                    return criterion.combine(answers, weights, temperature)
 
-            return say
+            if not self.cached:
+                return combine, teachers
+            kept = [self.stages.outputs(t).train for t in teachers]
+            every = criterion.combine([k for k in kept if k is not None], weights, temperature)
+            return (lambda indices, _inputs, _answers: every[indices]), ()
+        models = [self._load(t) for t in teachers]
         union = self._union(teachers, models)
         layouts = [self._layout(t) for t in teachers]
 
-        def unite(_indices: Tensor, inputs: Batch, _labels: Tensor) -> Tensor:
-            with torch.autocast(inputs.device.type, enabled=False):
+        def unite(_indices: Tensor, inputs: Batch, _answers: list[Tensor]) -> Tensor:
+            with torch.autocast(next(models[0].parameters()).device.type, enabled=False):
                 answers = [answer(m, lay, inputs) for m, lay in zip(models, layouts, strict=True)]
-            scores, features = ([a[i].float() for a in answers] for i in (0, 1))
+            scores, features = ([a[i].float().cpu() for a in answers] for i in (0, 1))
             return union.probabilities(scores, features, temperature=temperature).float()
 
         if not self.cached:
-            return unite
+            return unite, ()
         samples = self.stages.samples("train")
         chunks = torch.arange(len(samples)).split(BATCH)
-        soft = torch.cat([unite(chunk, samples[chunk], chunk) for chunk in chunks])
-        return lambda indices, _inputs, _labels: soft[indices]
+        soft = torch.cat([unite(chunk, samples[chunk], []) for chunk in chunks])
+        return (lambda indices, _inputs, _answers: soft[indices]), ()
 
     def first(self, model: nn.Module, samples: Samples, teach: Teach) -> tuple[Tensor, Tensor]:
         """Return the rows of a model and of the teachers on some training samples."""
@@ -178,5 +252,5 @@ class Teaching:
         for chunk in some.split(task.batch_size):
             inputs, labels = task.examples(samples, chunk)
             rows.append(told(task, model, inputs, labels))
-            targets.append(teach(chunk, inputs, labels))
+            targets.append(teach(chunk, inputs, labels).rows)
         return torch.cat(rows), torch.cat(targets)

@@ -5,6 +5,7 @@ Imports no torch, so that `slimfuse recipe check` answers at once.
 
 from __future__ import annotations
 
+from slimfuse.recipe.finetuning import Distill, Finetune, Validation
 from slimfuse.recipe.fusing import Anchor, Budget, Fuse, Method, Ot, Plans, Target
 from slimfuse.recipe.inputs import (
     Calibration,
@@ -26,9 +27,7 @@ from slimfuse.recipe.loading import (
 )
 from slimfuse.recipe.models import (
     Bench,
-    Distill,
     Export,
-    Finetune,
     Gate,
     Quantize,
     Recipe,
@@ -84,6 +83,7 @@ __all__ = [
     "Train",
     "TrainConfig",
     "Training",
+    "Validation",
     "find_recipes",
     "load_located",
     "load_recipe",

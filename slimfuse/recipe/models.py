@@ -7,20 +7,19 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
+from slimfuse.recipe.finetuning import Finetune, check_finetune
 from slimfuse.recipe.fusing import Axis, Fuse, Method, Target
 from slimfuse.recipe.inputs import Data, Parent
 from slimfuse.recipe.matching import check_task, dig, items
 from slimfuse.recipe.problems import Loc, nearest
 from slimfuse.recipe.sparsifying import Sparsify, WeightScorer, check_sparsify
 from slimfuse.recipe.strict import (
-    Augment,
     Count,
     Distinct,
     ExactInt,
     Finding,
     Fraction,
     Listed,
-    NonNegative,
     Positive,
     Seed,
     Several,
@@ -41,47 +40,6 @@ GATE_LIMITS = dict.fromkeys(QUALITY, "max_drop") | {
     "latency_p50": "min_speedup",
     "params": "max_ratio",
 }
-
-
-class Distill(Strict):
-    """Which parents teach, and how much they count."""
-
-    teachers: Several[str] | None = Field(
-        None, description="Names of the parents that teach; null: all."
-    )
-    temperature: Positive = Field(2.0, description="Divisor of teachers' and student's logits.")
-    hardness: Fraction = Field(
-        0.9, description="Weight of the teachers' soft targets, 0 to 1; the rest is the labels'."
-    )
-
-
-class Finetune(Strict):
-    """Training of the fused model (AdamW, cosine schedule, distillation)."""
-
-    epochs: NonNegative = Field(
-        1.0, description="Passes over the training set; may be fractional; 0: none."
-    )
-    lr: Positive = Field(5e-4, description="Peak learning rate, per step.")
-    batch_size: Count = Field(128, description="Samples per step.")
-    weight_decay: NonNegative = Field(0.05, description="Decoupled weight decay, times lr.")
-    warmup: Fraction = Field(0.1, description="Part of the steps with a rising rate, 0 to 1.")
-    augment: Augment = Field((), description="Random changes to the training pictures.")
-    dropout: bool = Field(
-        False, description="Whether the model's own dropout is active; its config keeps it."
-    )
-    group_by_length: bool = Field(
-        True, description="Put texts of like length into one batch, which then pads less."
-    )
-    freeze_embeddings: bool = Field(
-        False,
-        description="Leave the tables of tokens and positions as they were fused, so that tokens "
-        "which the training never sees stay in place among the others; a tied head stays, too.",
-    )
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Decay per step of the averaged weights, 0 to 1; null: no average."
-    )
-    seed: Seed = Field(0, description="Seed of the order and the augmentation.")
-    distill: Distill = Field(Distill(), description="The parents as teachers.")
 
 
 class Quantize(Strict):
@@ -164,6 +122,9 @@ class Runtime(Strict):
         "auto", description="Arithmetic of training; auto: bf16 where the processor computes it."
     )
     seed: Seed = Field(0, description="Seed of everything without a seed of its own.")
+    tensorboard: bool = Field(
+        False, description="Write the trainings' curves for TensorBoard, an extra."
+    )
 
 
 Parents = Annotated[
@@ -217,7 +178,7 @@ class Recipe(Strict):
         if isinstance(target, Mapping) and not sized and dig(raw, "fuse", "method") != "keep":
             allowed = f"one of {', '.join(get_args(Axis))}, or budget"
             findings.append(Finding(("target",), "no size is given", allowed=allowed))
-        return findings + check_sparsify(raw)
+        return findings + check_sparsify(raw) + check_finetune(raw)
 
 
 def check_names(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
+from slimfuse.recipe.finetuning import Finetune, check_net_finetune
 from slimfuse.recipe.fusing import Plans
 from slimfuse.recipe.inputs import Data, Training
 from slimfuse.recipe.matching import dig, items
@@ -14,7 +15,6 @@ from slimfuse.recipe.models import (
     SPARSE_ROWS,
     Bench,
     Export,
-    Finetune,
     Gate,
     Runtime,
     check_names,
@@ -293,7 +293,7 @@ class NetRecipe(Strict):
         if anchor is not None and not missing and fused and anchor not in fused:
             allowed = ", ".join(map(str, fused))
             missing = [Finding(loc_of_anchor, "is not fused: not in fuse.parents", None, allowed)]
-        return findings + missing
+        return findings + missing + check_net_finetune(raw)
 
 
 def _one_of(raw: Mapping[str, Any], keys: tuple[str, ...]) -> list[Finding]:

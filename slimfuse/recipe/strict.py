@@ -181,7 +181,7 @@ Several = Annotated[
     BeforeValidator(as_tuple),
     AfterValidator(_distinct),
 ]
-Augment = Distinct[Literal["flip", "shift"]]
+Augment = Distinct[Literal["flip", "shift", "erase", "rand-augment"]]
 Text = Annotated[str, AfterValidator(_text), Field(json_schema_extra={"minLength": 1})]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]

@@ -16,7 +16,7 @@ from slimfuse.progress import track
 from slimfuse.tasks.criteria import Categorical, Criterion
 from slimfuse.tasks.metrics import Measured, Metric
 
-Augmentation = Literal["flip", "shift"]
+Augmentation = Literal["flip", "shift", "erase", "rand-augment"]
 Evidence = dict[str, Tensor]
 """What figures are made of, by name, each (samples, …)."""
 Answer = Callable[[Batch], Tensor]

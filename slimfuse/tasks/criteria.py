@@ -35,9 +35,12 @@ class Criterion(Protocol):
 class Categorical:
     """One class of several: cross-entropy, and T²·KL(teachers ‖ model).
 
-    The factor T² keeps the gradient's size independent of T.
+    The factor T² keeps the gradient's size independent of T. confident: whether of several teachers
+    the one that is surest of a row, at temperature 1, says it alone; weights don't count then.
     Source: Hinton et al. 2015 (arXiv 1503.02531), section 2.
     """
+
+    confident: bool = False
 
     def begun(self, ask: Ask) -> Categorical:
         """Return itself."""
@@ -47,6 +50,8 @@ class Categorical:
         self, answers: Sequence[Tensor], weights: Sequence[float], temperature: float
     ) -> Tensor:
         """Return the weighted mean of the probabilities (n, classes) at `temperature`."""
+        if self.confident:
+            return _surest(answers, temperature)
         return _mean((torch.softmax(z.float() / temperature, -1) for z in answers), weights)
 
     def taught(self, rows: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -169,4 +174,19 @@ def _mean(parts: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     found = next(every) * next(shares)
     for part, share in zip(every, shares, strict=True):
         found += share * part
+    return found
+
+
+def _surest(answers: Sequence[Tensor], temperature: float) -> Tensor:
+    """Return for every row the probabilities of the teacher whose likeliest class is likeliest."""
+    found, best = torch.empty(0), torch.empty(0)
+    for scores in answers:
+        told = torch.softmax(scores.float() / temperature, -1)
+        sure = scores.float().amax(-1) - scores.float().logsumexp(-1)
+        if not len(found):
+            found, best = told, sure
+        else:
+            better = sure > best
+            found = torch.where(better[:, None], told, found)
+            best = torch.maximum(best, sure)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from slimfuse.batch import Batch
 from slimfuse.data import Split
 from slimfuse.progress import track
 from slimfuse.tasks.base import Augmentation, Evidence, Samples, Task
+from slimfuse.tasks.changes import erase, rand_augment
 from slimfuse.tasks.image_processors import load_processor as load_processor
 from slimfuse.tasks.image_processors import make_processor as make_processor
 from slimfuse.tasks.image_processors import save_processor, sides
@@ -56,19 +57,23 @@ class Pixels:
         found = self._process(indices) if self._cache is None else self._cache[indices]
         return Batch({PIXELS: found})
 
+    def changed(self, indices: Tensor) -> Batch:
+        """Return pixels of samples that RandAugment has changed before the processor saw them."""
+        return Batch({PIXELS: self._process(indices, rand_augment)})
+
     def _bytes(self) -> int:
         height, width = sides(self.processor)
         return len(self) * 3 * height * width * 4
 
-    def _process(self, indices: Tensor) -> Tensor:
-        images = [self.split.items[int(i)] for i in indices]
+    def _process(self, indices: Tensor, change: Callable[[list[Any]], list[Any]] = list) -> Tensor:
+        images = change([self.split.items[int(i)] for i in indices])
         out = self.processor(images=images, return_tensors="pt", input_data_format="channels_last")
         pixels: Tensor = out["pixel_values"]
         return pixels
 
 
 def augment(pixels: Tensor, kinds: Sequence[Augmentation]) -> Tensor:
-    """Return randomly flipped and shifted images; uses torch's global generator."""
+    """Return randomly flipped, shifted and erased images; uses torch's global generator."""
     if "flip" in kinds:
         flips = torch.rand(len(pixels), 1, 1, 1) < 0.5
         pixels = torch.where(flips, pixels.flip(-1), pixels)
@@ -79,7 +84,7 @@ def augment(pixels: Tensor, kinds: Sequence[Augmentation]) -> Tensor:
         rows, columns = torch.randint(0, 2 * reach + 1, (2, len(pixels), 1)) + torch.arange(side)
         image = torch.arange(len(pixels))[:, None, None]
         pixels = padded.movedim(1, -1)[image, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
-    return pixels
+    return erase(pixels) if "erase" in kinds else pixels
 
 
 class ImageTask(Task):
@@ -110,8 +115,11 @@ class ImageTask(Task):
     def examples(
         self, samples: Samples, indices: Tensor, kinds: Sequence[Augmentation] | None = None
     ) -> tuple[Batch, Tensor]:
-        """Return images, randomly flipped and shifted where that is asked for, and labels."""
-        inputs, labels = super().examples(samples, indices)
+        """Return images, randomly changed where that is asked for, and labels."""
+        if kinds and "rand-augment" in kinds and isinstance(samples, Pixels):
+            inputs, labels = samples.changed(indices), samples.labels[indices]
+        else:
+            inputs, labels = super().examples(samples, indices)
         if kinds:
             inputs = Batch({PIXELS: augment(inputs.arguments[PIXELS], kinds)})
         return inputs, labels

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slimfuse.batch import Batch
 from slimfuse.families import ViT
 from slimfuse.finetune import loop
-from slimfuse.finetune.distill import Teach, distillation_loss, labels_loss
+from slimfuse.finetune.distill import Lesson, distillation_loss, labels_loss
 from slimfuse.finetune.loop import fit
 from slimfuse.finetune.schedule import Schedule, batch_indices, parameter_groups, steps_of
 from slimfuse.tasks import ImageClassification
@@ -350,7 +350,10 @@ def classed(values: Tensor) -> tuple[Batch, Tensor]:
 
 def distil(student: Tensor, teacher: Tensor, t: float, hardness: float) -> tuple[Tensor, Tensor]:
     net = Fixed(student)
-    teach: Teach = lambda i, x, y: TASK.criterion.combine([teacher[i]], [1.0], t)  # noqa: E731
+
+    def teach(indices: Tensor, _inputs: Batch, _labels: Tensor) -> Lesson:
+        return Lesson(TASK.criterion.combine([teacher[indices]], [1.0], t))
+
     loss = distillation_loss(TASK, classed, teach, temperature=t, hardness=hardness)
     value = loss(net, torch.tensor([0, 3, 10, 7]))
     value.backward()

@@ -19,8 +19,7 @@ from slimfuse.batch import Batch
 from slimfuse.errors import ParentError, ShapeError, UserError
 from slimfuse.families import ViT
 from slimfuse.finetune import loop
-from slimfuse.pipeline import plan, sparse
-from slimfuse.pipeline import stages as rooms
+from slimfuse.pipeline import plan, sparse, tuning
 from slimfuse.pipeline.run import _prepared, _stages
 from slimfuse.pipeline.sparse import RECORD, Thinned, Thinning, loss_of, recovery_steps
 from slimfuse.recipe.loading import load_located
@@ -196,7 +195,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
 
         return making
 
-    monkeypatch.setattr(rooms, "distillation_loss", wrapped(rooms.distillation_loss, stop_train))
+    monkeypatch.setattr(tuning, "distillation_loss", wrapped(tuning.distillation_loss, stop_train))
     monkeypatch.setattr(sparse, "loss_of", wrapped(sparse.loss_of, stop_gradient))
     for _ in range(4):
         with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,146 @@
+"""How the fused model is trained: budget, rates, teachers, held-out choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from slimfuse.recipe.matching import dig
+from slimfuse.recipe.strict import (
+    Augment,
+    Count,
+    Finding,
+    Fraction,
+    NonNegative,
+    Positive,
+    Seed,
+    Several,
+    Strict,
+)
+
+PICKED = ("image-classification", "text-classification", "masked-lm", "causal-lm")
+"""Tasks whose answers are chances of classes, so that a teacher can be sure or not."""
+MOST_HELD_OUT = 0.5
+
+
+class Distill(Strict):
+    """Which parents teach, how much they count, and what of them is taught."""
+
+    teachers: Several[str] | None = Field(
+        None, description="Names of the parents that teach; null: all."
+    )
+    combine: Literal["mean", "confident"] = Field(
+        "mean",
+        description="Of several teachers: their weighted mean, or for every sample the one whose "
+        "answer is the surest. Teachers of different classes are united anyway.",
+    )
+    temperature: Positive = Field(2.0, description="Divisor of teachers' and student's logits.")
+    hardness: Fraction = Field(
+        0.9, description="Weight of the teachers' soft targets, 0 to 1; the rest is the labels'."
+    )
+    hidden: NonNegative = Field(
+        0.0,
+        description="Weight of the distance between the child's hidden states and the fused "
+        "parents', brought to its width by the fusion's maps; 0: only answers are taught.",
+    )
+
+
+class Validation(Strict):
+    """Training samples that are held out to choose the best weights, never the test split."""
+
+    share: Annotated[float, Field(gt=0, le=MOST_HELD_OUT)] = Field(
+        0.1, description="Part of the training samples that is held out, 0 to 0.5."
+    )
+    every: Count = Field(100, description="Steps between two measurements; the last is one, too.")
+    patience: Count | None = Field(
+        None,
+        description="End the training after so many measurements in a row that are no better; "
+        "null: never.",
+    )
+
+
+class Finetune(Strict):
+    """Training of the fused model (AdamW, a schedule with warm-up, distillation)."""
+
+    epochs: NonNegative = Field(
+        1.0, description="Passes over the training set; may be fractional; 0: none."
+    )
+    lr: Positive = Field(5e-4, description="Peak learning rate, per step.")
+    schedule: Literal["cosine", "linear", "constant", "polynomial"] = Field(
+        "cosine", description="How the rate falls behind the warm-up; transformers' schedules."
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Factor between the rates of a layer and of the one above, 0 to 1; null: one "
+        "rate for all.",
+    )
+    batch_size: Count = Field(128, description="Samples per step.")
+    accumulate: Count = Field(
+        1, description="Parts of a step's samples that are seen one by one, to save memory."
+    )
+    clip: Positive = Field(1.0, description="Largest norm of a step's gradient.")
+    weight_decay: NonNegative = Field(0.05, description="Decoupled weight decay, times lr.")
+    warmup: Fraction = Field(0.1, description="Part of the steps with a rising rate, 0 to 1.")
+    augment: Augment = Field((), description="Random changes to the training pictures.")
+    mixup: NonNegative = Field(
+        0.0, description="Alpha of mixup, which blends two pictures and their labels; 0: none."
+    )
+    cutmix: NonNegative = Field(
+        0.0, description="Alpha of cutmix, which pastes a part of another picture; 0: none."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Probability spread over all classes, 0 to 1."
+    )
+    dropout: bool = Field(
+        False, description="Whether the model's own dropout is active; its config keeps it."
+    )
+    group_by_length: bool = Field(
+        True, description="Put texts of like length into one batch, which then pads less."
+    )
+    freeze_embeddings: bool = Field(
+        False,
+        description="Leave the tables of tokens and positions as they were fused, so that tokens "
+        "which the training never sees stay in place among the others; a tied head stays, too.",
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Decay per step of the averaged weights, 0 to 1; null: no average."
+    )
+    seed: Seed = Field(0, description="Seed of the order and the augmentation.")
+    validation: Validation | None = Field(
+        None, description="Held-out training samples that choose the best weights; null: the last."
+    )
+    compile: bool = Field(
+        False, description="Let torch compile the model for training, which needs a C++ compiler."
+    )
+    distill: Distill = Field(Distill(), description="The parents as teachers.")
+
+
+def check_finetune(raw: Mapping[str, Any]) -> list[Finding]:
+    """Return what in `finetune` doesn't go with the task, or with the method of the fusion."""
+    spec, task, findings = dig(raw, "finetune"), raw.get("task"), list[Finding]()
+    labels = dig(raw, "data", "label_kind")
+    if task != "image-classification":
+        findings += [
+            Finding(("finetune", key), "blends pictures and their labels", allowed="0")
+            for key in ("mixup", "cutmix")
+            if dig(spec, key)
+        ]
+    if dig(spec, "distill", "combine") == "confident":
+        place = ("finetune", "distill", "combine")
+        if task not in PICKED or labels in ("multi", "regression"):
+            findings.append(Finding(place, "needs answers that are classes", allowed="mean"))
+    return findings
+
+
+def check_net_finetune(raw: Mapping[str, Any]) -> list[Finding]:
+    """Return what in `finetune` plain nets don't know."""
+    spec, findings = dig(raw, "finetune"), list[Finding]()
+    if dig(spec, "distill", "hidden"):
+        what = "is of transformers' streams"
+        findings.append(Finding(("finetune", "distill", "hidden"), what, allowed="0"))
+    if dig(spec, "layer_decay") is not None:
+        what = "counts transformers' blocks"
+        findings.append(Finding(("finetune", "layer_decay"), what, allowed="null"))
+    return findings
