@@ -8,7 +8,7 @@ SOURCES := slimfuse export tests benchmarks
 .PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist \
 	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
 	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
-	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped clean
+	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped bench-distillation clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -54,6 +54,9 @@ bench-unstructured: install
 
 bench-sparse-onnx: install
 	$(BIN)/python benchmarks/sparse_onnx.py
+
+bench-distillation: install
+	$(BIN)/python benchmarks/distillation.py
 
 bench-shipped: install
 	$(BIN)/python benchmarks/shipped.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections import Counter
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from slimfuse.errors import SlimfuseError, UserError
+from slimfuse.errors import SlimfuseError, Terminated, UserError
+from slimfuse.interrupt import terminate
 from slimfuse.progress import console, working
 
 if TYPE_CHECKING:
@@ -322,8 +324,10 @@ def recipe_schema() -> None:
 def main() -> None:
     """Run the command line; every error ends in one message and an exit code.
 
-    0 done, 1 internal fault, 2 bad input, 3 a check or gate failed, 130 interrupted.
+    0 done, 1 internal fault, 2 bad input, 3 a check or gate failed, 130 interrupted, 143 told to
+    end by SIGTERM.
     """
+    signal.signal(signal.SIGTERM, terminate)
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     command = typer.main.get_command(app)
@@ -334,6 +338,9 @@ def main() -> None:
         code = done.code if isinstance(done.code, int) else 0
         if code == INTERRUPTED:
             console.print("interrupted: run the same command again to go on from here")
+    except Terminated as told:
+        console.print("told to end: run the same command again to go on from here")
+        code = told.exit_code
     except _expected() as error:
         _trace(debug)
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)

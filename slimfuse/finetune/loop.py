@@ -17,9 +17,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from slimfuse.errors import SlimfuseError
 from slimfuse.finetune.checkpoint import Progress, restore, save
-from slimfuse.finetune.interrupt import Held, held
 from slimfuse.finetune.schedule import Schedule, batch_indices, parameter_groups
 from slimfuse.finetune.validate import Validation
+from slimfuse.interrupt import Held, held
 from slimfuse.progress import Tracker, console, track
 
 Precision = Literal["fp32", "bf16"]
