@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,13 @@ from slimfuse.tasks import Evidence
 
 @dataclass(frozen=True)
 class Measurements:
-    """All that a run found out, by row name. sparse, files: of a sparse child."""
+    """All that a run found out, by row name. sparse, files: of a sparse child.
+
+    command, lock, timings, bench: known at its end; bench: see `Deployment.bench`.
+    """
 
     job: BaseJob
     plan: Plan
-    command: str
     measured: dict[str, Figures]
     parents: dict[str, tuple[Path, str]]
     anchor: Path | None
@@ -48,16 +49,17 @@ class Measurements:
     exported: Stage
     int8: Stage | None
     int8_dropped: bool
-    latency: Stage
-    lock: dict[str, Any]
-    timings: dict[str, float]
     evidence: dict[str, Evidence]
     batches: dict[str, int]
+    command: str = ""
+    lock: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    bench: dict[str, Any] = field(default_factory=dict)
 
 
 def make_report(m: Measurements) -> Report:
     """Return the report of a run."""
-    bench = json.loads((m.latency.path / "bench.json").read_text())
+    bench = m.bench
     speedups = tuple(
         Speedup(r["base"], r["other"], r["threads"], r["batch"],
                 1 / r["value"], 1 / r["high"], 1 / r["low"])
