@@ -167,7 +167,12 @@ class Store:
 
     def timings(self) -> dict[str, float]:
         """Return the seconds that each stage used so far took to make, in this run or before."""
-        return {stage.name: stage.seconds for stage in self._used.values()}
+        return {stage.name: stage.seconds for stage in self.used}
+
+    @property
+    def used(self) -> tuple[Stage, ...]:
+        """The stages that were asked for so far."""
+        return tuple(self._used.values())
 
     def used_bytes(self, lock: str, name: str = LOCK) -> int:
         """Return the bytes of stages that the run with this lock has made; 0 for another run.

@@ -190,6 +190,7 @@ class Timing:
 
         given = {
             "models": {name: key for name, (_, key) in files.items()},
+            "pairs": [list(pair) for pair in pairs],
             "bench": spec.model_dump(mode="json"),
             "machine": environment(),  # what was timed elsewhere is no figure of this machine
         }

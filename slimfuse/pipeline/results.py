@@ -205,13 +205,14 @@ def _gate(gate: Gate, m: Measurements, speedups: tuple[Speedup, ...]) -> GateRes
         return GateResult(
             metric.key, f"at most {metric.amount(gate.limit)} {worse} parent {best}",
             f"{metric.amount(abs(drop))} {worse if drop > 0 else better}", drop <= gate.limit,
+            max(0.0, drop - gate.limit),
         )  # fmt: skip
     if gate.metric == "params":
         *planned, child = m.plan.models
         ratio = child.params / next(p.params for p in planned if p.name == best)
         return GateResult(
             "params", f"at most {gate.limit:g} of parent {best}'s", f"{ratio:.3f}",
-            ratio <= gate.limit,
+            ratio <= gate.limit, max(0.0, ratio / gate.limit - 1),
         )  # fmt: skip
     conditions = {(s.threads, s.batch) for s in speedups}
     batch = min(b for _, b in conditions)
@@ -226,6 +227,7 @@ def _gate(gate: Gate, m: Measurements, speedups: tuple[Speedup, ...]) -> GateRes
         f"{threads} thread{'s' * (threads > 1)}",
         f"{found.ratio:.2f}× ({found.low:.2f} – {found.high:.2f})",
         found.ratio >= gate.limit,
+        max(0.0, 1 - found.ratio / gate.limit),
     )
 
 

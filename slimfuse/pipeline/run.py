@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -125,7 +126,7 @@ def compress(
     with store.lock():
         write_lock(lock, store)
         try:
-            return _run(job, store, planned, command_of(path, overrides, out))
+            return _run(job, store, planned, command_of("compress", path, overrides, out))
         except UserError as error:  # one that only the work could show
             error.where = loaded.locate(error.where)
             raise
@@ -155,23 +156,28 @@ def publish(made: Made, bench: dict[str, Any], command: str) -> Run:
     return Run(store.root, model, report)
 
 
-def write_lock(text: str, store: Store) -> None:
-    """Write recipe.lock.yaml; results of another recipe are withdrawn first."""
-    store.check_ours()
-    path = store.root / LOCK
+def write_lock(text: str, store: Store, name: str = LOCK, results: Sequence[str] = RESULTS) -> None:
+    """Write recipe.lock.yaml, or another lock; results of another one are withdrawn first."""
+    store.check_ours(name, results)
+    path = store.root / name
     if not path.is_file() or path.read_bytes() != text.encode():
-        store.withdraw(*RESULTS)
+        store.withdraw(*results)
         write_text(path, text)
 
 
 def lock_text(job: BaseJob) -> str:
     """Return what recipe.lock.yaml holds."""
+    return dumped(lock_of(job))
+
+
+def dumped(values: dict[str, Any]) -> str:
+    """Return plain values as YAML in blocks."""
     import io
 
     text = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
-    yaml.dump(lock_of(job), text)
+    yaml.dump(values, text)
     return text.getvalue()
 
 
@@ -220,13 +226,16 @@ def _shape_keys(job: BaseJob) -> list[str]:
     return list(job.family.shape(job.target).__dataclass_fields__)
 
 
-def command_of(path: Path, overrides: tuple[str, ...], out: str | Path | None) -> str:
+def command_of(
+    verb: str, path: Path, overrides: Sequence[str], out: str | Path | None, *more: str
+) -> str:
+    """Return the command line that does it again."""
     import shlex
 
-    words = ["slimfuse", "compress", str(path)]
+    words = ["slimfuse", verb, str(path)]
     words += [w for o in overrides for w in ("--set", o)]
     words += ["--out", str(out)] if out is not None else []
-    return shlex.join(words)
+    return shlex.join([*words, *more])
 
 
 def quiet() -> None:

@@ -14,6 +14,7 @@ from slimfuse.recipe.inputs import (
     Train,
     TrainConfig,
     Training,
+    Validation,
 )
 from slimfuse.recipe.loading import (
     AnyRecipe,
@@ -84,6 +85,7 @@ __all__ = [
     "Train",
     "TrainConfig",
     "Training",
+    "Validation",
     "find_recipes",
     "load_located",
     "load_recipe",

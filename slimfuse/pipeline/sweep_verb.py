@@ -1,0 +1,180 @@
+"""`sweep`: a recipe at several settings, what they share made once, and which of them to take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from slimfuse import __version__
+from slimfuse.errors import CheckFailed, UserError
+from slimfuse.pipeline.candidates import EXAMPLE, FOLDER, Candidate, candidates, every, sharing
+from slimfuse.pipeline.common import BaseJob
+from slimfuse.pipeline.making import Made, make
+from slimfuse.pipeline.planning import Plan, check_disk, joint
+from slimfuse.pipeline.run import (
+    Run,
+    command_of,
+    dumped,
+    lock_text,
+    planned_of,
+    prepared,
+    publish,
+    quiet,
+    write_lock,
+)
+from slimfuse.pipeline.sweep_report import make_sweep_report
+from slimfuse.pipeline.sweep_timing import time_together
+from slimfuse.progress import console, working
+from slimfuse.recipe import load_located
+from slimfuse.report import Search, SweepReport, render_sweep, to_json
+from slimfuse.report.sweep_rows import SCHEMA
+from slimfuse.store import Store, digest, write_text
+
+LOCK = "sweep.lock.yaml"
+RESULTS = ("sweep.json", "sweep.html")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep: its folder, its report, and the runs by their candidates' names."""
+
+    folder: Path
+    report: SweepReport
+    runs: Mapping[str, Run]
+
+    @property
+    def passed(self) -> bool:
+        """Whether some candidate passes all gates of the recipe."""
+        return self.report.passed
+
+    @property
+    def picked(self) -> Run | None:
+        """The run that is taken; None where no candidate passes or nothing decides."""
+        return self.runs.get(self.report.picked)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A candidate with its opened inputs, its plan and its run folder."""
+
+    candidate: Candidate
+    job: BaseJob
+    plan: Plan
+    store: Store
+
+
+def sweep(
+    recipe: str | Path,
+    *,
+    vary: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+) -> Sweep:
+    """Run a recipe with every combination of some keys' values, and compare what comes out.
+
+    vary: options `KEY=V1,V2,…`; their product are the candidates. Commas in brackets part no
+    values, and an option with one value holds for all. overrides: `a.b=value`, for all.
+    Parents, teachers' answers and prepared samples are shared; every candidate ends as a run of its
+    own in out/candidates (default out: runs/NAME-sweep), its latency measured in turns with all
+    others'. Of the candidates that pass the recipe's gates the fastest is picked, else the best
+    within its budget. A killed sweep goes on where it stood when it is called again.
+    Raises UserError for bad input, in one error for all candidates and before any work.
+    """
+    quiet()
+    path = Path(recipe)
+    asked = candidates(vary, overrides)
+    if len(asked) < 2:
+        raise UserError(
+            "nothing varies: a sweep needs two candidates or more",
+            where="--set",
+            got=", ".join(vary) or "no values",
+            allowed=f"KEY=V1,V2, as in {EXAMPLE}",
+            hint="one run is made by slimfuse compress",
+        )
+    loaded = every(asked, lambda one: load_located(path, one.overrides))
+    name = next(iter(loaded.values())).recipe.name
+    store = Store(Path(out) if out is not None else Path("runs") / f"{name}-sweep")
+    store.check_ours(LOCK, RESULTS)
+    entries = opened(path, asked, store)
+    lock = _lock(entries, vary, overrides)
+    check_disk(joint([entry.plan for entry in entries]), store, lock, LOCK)
+    torch.set_num_threads(entries[0].job.threads)
+    with store.lock():
+        write_lock(lock, store, LOCK, RESULTS)
+        command = command_of("sweep", path, (*overrides, *vary), out)
+        return _run(entries, store, path, command)
+
+
+def opened(path: Path, asked: Sequence[Candidate], store: Store) -> list[Entry]:
+    """Return candidates with their inputs; raises UserError for all that can't be made at once."""
+    loaded = every(asked, lambda one: load_located(path, one.overrides))
+    stores = {one.name: Store(store.root / FOLDER / one.folder, store) for one in asked}
+    jobs = every(asked, lambda one: prepared(loaded[one.name], path, stores[one.name]))
+    jobs = sharing(jobs, store)
+    plans = {name: planned_of(job) for name, job in jobs.items()}
+    return [Entry(one, jobs[one.name], plans[one.name], stores[one.name]) for one in asked]
+
+
+def made_of(entry: Entry) -> Made:
+    """Make and measure one candidate's models, as far as isn't done yet."""
+    with entry.store.lock():
+        write_lock(lock_text(entry.job), entry.store)
+        return make(entry.job, entry.store, entry.plan)
+
+
+def _run(
+    entries: Sequence[Entry],
+    store: Store,
+    path: Path,
+    command: str,
+    searches: Sequence[Search] = (),
+) -> Sweep:
+    made: dict[str, Made] = {}
+    failed: dict[str, str] = {}
+    for number, entry in enumerate(entries, 1):
+        name = entry.candidate.name
+        console.print(f"candidate {number} of {len(entries)}: {name}", markup=False)
+        try:
+            made[name] = made_of(entry)
+        except CheckFailed as error:  # a failure is a figure, not the end
+            failed[name] = f"{name} is left out: {error.what}" + (
+                f" ({error.got})" if error.got is not None else ""
+            )
+            if len(failed) == len(entries):
+                raise
+    timed = time_together(made, store)
+    runs = {}
+    for entry in entries:
+        name, home = entry.candidate.name, entry.store
+        if name in made:
+            told = command_of("compress", path, entry.candidate.overrides, home.root)
+            with home.lock():
+                runs[name] = publish(made[name], timed.of(made[name]), told)
+    with working("drawing the sweep"):
+        kept = [entry for entry in entries if entry.candidate.name in made]
+        report = make_sweep_report(
+            {entry.candidate.name: (entry.candidate, entry.plan) for entry in kept},
+            made, {name: run.report for name, run in runs.items()}, timed,
+            command=command, path=path, failed=tuple(failed.values()), searches=searches,
+        )  # fmt: skip
+        values, html = to_json(report, SCHEMA), render_sweep(report)
+    store.withdraw(*RESULTS)
+    write_text(store.root / "sweep.json", values)
+    write_text(store.root / "sweep.html", html)
+    store.log("sweep", "done", picked=report.picked)
+    return Sweep(store.root, report, runs)
+
+
+def _lock(entries: Sequence[Entry], vary: Sequence[str], overrides: Sequence[str]) -> str:
+    """Return what the sweep depends on."""
+    return dumped(
+        {
+            "slimfuse": __version__,
+            "overrides": [*overrides],
+            "vary": [*vary],
+            "candidates": {e.candidate.name: digest(lock_text(e.job)) for e in entries},
+        }
+    )
