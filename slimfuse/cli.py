@@ -214,6 +214,15 @@ def sweep_recipe(
             metavar="KEY=V1,V2,…",
         ),
     ] = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Search a key between two numbers or among values, on held-out training samples. "
+            "May be repeated.",
+            metavar="KEY=LOW..HIGH",
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=0, help="Trials of the search, per candidate.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder (default runs/NAME-sweep).")
     ] = None,
@@ -222,7 +231,10 @@ def sweep_recipe(
     with working("starting"):
         from slimfuse.pipeline import sweep
 
-    _show_sweep(sweep(recipe, vary=tuple(options or ()), out=out))
+    found = sweep(
+        recipe, vary=tuple(options or ()), search=tuple(search or ()), trials=trials, out=out
+    )
+    _show_sweep(found)
 
 
 def _show_sweep(found: Sweep) -> None:

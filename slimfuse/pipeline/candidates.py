@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeVar
@@ -16,7 +16,7 @@ from slimfuse.errors import UserError
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.contenders import split_option
 from slimfuse.pipeline.making import stages_of
-from slimfuse.recipe import InvalidRecipe, Recipe
+from slimfuse.recipe import Recipe
 from slimfuse.store import Store
 
 EXAMPLE = "target.hidden_size=0.75,0.5,0.25"
@@ -43,10 +43,6 @@ class Candidate:
             return plain
         mark = hashlib.sha256(self.name.encode()).hexdigest()[:8]
         return f"{plain[:NAME_LENGTH]}-{mark}"
-
-    def changed(self, name: str, overrides: Iterable[str]) -> Candidate:
-        """Return this candidate with more overrides."""
-        return Candidate(name, (*self.overrides, *overrides))
 
 
 def candidates(vary: Sequence[str], overrides: Sequence[str] = ()) -> list[Candidate]:
@@ -104,8 +100,8 @@ def every(found: Sequence[Candidate], make: Callable[[Candidate], T]) -> dict[st
     for one in found:
         try:
             made[one.name] = make(one)
-        except UserError as error:
-            wrong[one.name] = error
+        except UserError as fault:
+            wrong[one.name] = fault
     if not wrong:
         return made
     first = next(iter(wrong.values()))
@@ -151,15 +147,3 @@ def sharing(jobs: Mapping[str, BaseJob], store: Store) -> dict[str, BaseJob]:
                 job, data=like.data, processor=like.processor, opened=like.opened, made=like.made
             )
     return found
-
-
-def checked(overrides: Iterable[Sequence[str]], load: Callable[[Sequence[str]], object]) -> None:
-    """Load a recipe with each list of overrides; raises InvalidRecipe with all problems at once."""
-    problems = []
-    for given in overrides:
-        try:
-            load(given)
-        except InvalidRecipe as error:
-            problems += [p for p in error.problems if p not in problems]
-    if problems:
-        raise InvalidRecipe(problems)

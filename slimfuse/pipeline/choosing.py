@@ -70,11 +70,17 @@ def choose(options: Sequence[Option], slower: Slower, told: Mapping[str, str]) -
         quick = min(passing, key=lambda o: (o.p50, o.params, -o.quality))
         alike = [o for o in passing if o is quick or not slower(o.name, quick.name)]
         best = min(alike, key=lambda o: (o.params, -o.quality, o.p50))
-        how = "the only one that passes" if len(passing) == 1 else "the fastest of those that pass"
+        how = "the only one" if len(passing) == 1 else "the fastest of them"
         if len(alike) > 1:
-            how = f"the smallest of {len(alike)} that pass and are equally fast within noise"
+            small = [o for o in alike if o.params == best.params]
+            how = "none is measurably faster, and of those that are as fast it is the smallest"
+            if len(small) > 1:
+                how = "none is measurably faster, and of the smallest of those it is the best"
         gates = "the gate" if len(best.gates) == 1 else f"all {len(best.gates)} gates"
-        return Pick(best.name, f"{how} {gates} ({len(passing)} of {len(options)} pass)")
+        verb = "passes" if len(passing) == 1 else "pass"
+        return Pick(best.name, f"{len(passing)} of {len(options)} {verb} {gates}; {how}")
+    if len(options) == 1:
+        return Pick(options[0].name, "the only candidate")
     kept = [option for option in options if option.budgeted]
     if kept:
         best = min(kept, key=lambda o: (-o.quality, o.params, o.p50))

@@ -179,10 +179,14 @@ def disk_bytes(models: Sequence[Planned]) -> int:
     return 3 * sum(m.bytes for m in others) + 12 * child.bytes + (8 << 20)
 
 
-def joint(plans: Sequence[Plan]) -> Plan:
-    """Return the plan of several runs that share their parents, as far as memory and disk go."""
+def joint(plans: Sequence[Plan], trials: int = 0) -> Plan:
+    """Return the plan of several runs that share their parents, as far as memory and disk go.
+
+    trials: of a search, each of which leaves its model as it was fused and finetuned.
+    """
     parents = [disk_bytes([*plan.models[:-1], _NOTHING]) for plan in plans]
     disk = max(parents) + sum(p.disk - own for p, own in zip(plans, parents, strict=True))
+    disk += trials * 2 * max(plan.models[-1].bytes for plan in plans)
     return replace(plans[0], memory=max(plan.memory for plan in plans), disk=disk)
 
 

@@ -15,6 +15,7 @@ from slimfuse.report import Candidate as Shown
 from slimfuse.report import Report, Row, Search, SweepReport, words
 from slimfuse.report.sweep_rows import DEPLOYED
 from slimfuse.report.verdict import headline, reference, speedup_of
+from slimfuse.store import Store
 
 ON_TEST = (
     "the front and the pick were decided on the test set: of many candidates the best ones look a "
@@ -27,6 +28,7 @@ def make_sweep_report(
     made: Mapping[str, Made],
     reports: Mapping[str, Report],
     timed: Timed,
+    store: Store,
     *,
     command: str,
     path: Path,
@@ -84,9 +86,9 @@ def make_sweep_report(
         nearest=best.nearest,
         ratios=tuple(ratios),
         searches=tuple(searches),
-        warnings=_warnings(reports, failed, metric.key),
+        warnings=_warnings(reports, failed, metric.key, made, searches),
         environment=first.environment,
-        timings=_timings(made),
+        timings=_timings([store, *(one.store for one in made.values())]),
     )
 
 
@@ -104,15 +106,21 @@ def _parents(made: Mapping[str, Made], reports: Mapping[str, Report]) -> tuple[R
     return tuple(found.values())
 
 
-def _timings(made: Mapping[str, Made]) -> dict[str, float]:
+def _timings(stores: Sequence[Store]) -> dict[str, float]:
     """Return seconds by stage, of all stages with one name together; shared ones count once."""
     spent: dict[str, float] = {}
-    for stage in {s.key: s for one in made.values() for s in one.store.used}.values():
+    for stage in {stage.key: stage for one in stores for stage in one.used}.values():
         spent[stage.name] = round(spent.get(stage.name, 0.0) + stage.seconds, 3)
     return spent
 
 
-def _warnings(reports: Mapping[str, Report], failed: Sequence[str], metric: str) -> tuple[str, ...]:
+def _warnings(
+    reports: Mapping[str, Report],
+    failed: Sequence[str],
+    metric: str,
+    made: Mapping[str, Made],
+    searches: Sequence[Search],
+) -> tuple[str, ...]:
     out = [*failed]
     parents = {
         tuple((r.name, r.params, r.metrics[metric].value) for r in report.rows
@@ -128,6 +136,12 @@ def _warnings(reports: Mapping[str, Report], failed: Sequence[str], metric: str)
     }
     if noisy:
         out.append("the machine was busy while timing: measure again where latencies decide")
+    saved = {p.name for one in made.values() for p in one.found.job.parents if p.train is None}
+    if searches and saved:
+        out.append(
+            f"the search was measured on training samples that {', '.join(sorted(saved))} may have "
+            "been trained on: its figures look better than the test set's"
+        )
     if len(reports) > 1:
         out.append(ON_TEST)
     return tuple(out)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from slimfuse.pipeline.deployment import CHILDREN, DENSE, Timing
+from slimfuse.pipeline.deployment import CHILDREN, DENSE, File, Timing
 from slimfuse.pipeline.making import Made
 from slimfuse.report import Speedup
 from slimfuse.report.sweep_rows import DEPLOYED
@@ -61,7 +61,8 @@ class Timed:
 
 def time_together(made: Mapping[str, Made], store: Store) -> Timed:
     """Time every file of every candidate, and its parents', in turns."""
-    files, pairs = {}, []
+    files: dict[str, File] = {}
+    pairs: list[tuple[str, str]] = []
     for one in made.values():
         files |= {key: (path, key) for path, key in one.files.values()}
         bases = {*(p.name for p in one.found.job.parents), DENSE}

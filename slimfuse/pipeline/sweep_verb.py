@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ from slimfuse.pipeline.run import (
     quiet,
     write_lock,
 )
+from slimfuse.pipeline.search import axes_of, check_space
 from slimfuse.pipeline.sweep_report import make_sweep_report
+from slimfuse.pipeline.sweep_search import Trials, searched, trials_of
 from slimfuse.pipeline.sweep_timing import time_together
 from slimfuse.progress import console, working
 from slimfuse.recipe import load_located
@@ -71,12 +74,18 @@ def sweep(
     *,
     vary: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    search: Sequence[str] = (),
+    trials: int = 0,
     out: str | Path | None = None,
 ) -> Sweep:
     """Run a recipe with every combination of some keys' values, and compare what comes out.
 
     vary: options `KEY=V1,V2,…`; their product are the candidates. Commas in brackets part no
     values, and an option with one value holds for all. overrides: `a.b=value`, for all.
+    search: `KEY=LOW..HIGH` or `KEY=V1,V2,…`: settings that are sought for every candidate in so
+    many trials on held-out training samples (Optuna); the best ones are then run and measured on
+    the test set. Where a key of the target is searched, the trials that no other one beats in
+    quality and parameters become candidates.
     Parents, teachers' answers and prepared samples are shared; every candidate ends as a run of its
     own in out/candidates (default out: runs/NAME-sweep), its latency measured in turns with all
     others'. Of the candidates that pass the recipe's gates the fastest is picked, else the best
@@ -85,8 +94,8 @@ def sweep(
     """
     quiet()
     path = Path(recipe)
-    asked = candidates(vary, overrides)
-    if len(asked) < 2:
+    asked, axes = candidates(vary, overrides), axes_of(search, trials)
+    if len(asked) < 2 and not axes:
         raise UserError(
             "nothing varies: a sweep needs two candidates or more",
             where="--set",
@@ -99,13 +108,25 @@ def sweep(
     store = Store(Path(out) if out is not None else Path("runs") / f"{name}-sweep")
     store.check_ours(LOCK, RESULTS)
     entries = opened(path, asked, store)
-    lock = _lock(entries, vary, overrides)
-    check_disk(joint([entry.plan for entry in entries]), store, lock, LOCK)
+    lock = _lock(entries, vary, overrides, search, trials)
+    sought: list[Trials] = []
+    if axes:
+        for one in asked:
+            check_space(axes, partial(_loaded, path, one))
+        sought = trials_of(path, asked, [entry.job for entry in entries], axes, store)
+    plans = [entry.plan for entry in entries]
+    check_disk(joint(plans, len(plans) * trials), store, lock, LOCK)
     torch.set_num_threads(entries[0].job.threads)
     with store.lock():
         write_lock(lock, store, LOCK, RESULTS)
-        command = command_of("sweep", path, (*overrides, *vary), out)
-        return _run(entries, store, path, command)
+        more = [w for one in search for w in ("--search", one)]
+        more += ["--trials", str(trials)] if trials else []
+        command = command_of("sweep", path, (*overrides, *vary), out, *more)
+        searches: list[Search] = []
+        if sought:
+            asked, searches = searched(sought, trials)
+            entries = opened(path, asked, store)
+        return _run(entries, store, path, command, searches)
 
 
 def opened(path: Path, asked: Sequence[Candidate], store: Store) -> list[Entry]:
@@ -116,6 +137,10 @@ def opened(path: Path, asked: Sequence[Candidate], store: Store) -> list[Entry]:
     jobs = sharing(jobs, store)
     plans = {name: planned_of(job) for name, job in jobs.items()}
     return [Entry(one, jobs[one.name], plans[one.name], stores[one.name]) for one in asked]
+
+
+def _loaded(path: Path, one: Candidate, more: Sequence[str]) -> None:
+    load_located(path, (*one.overrides, *more))
 
 
 def made_of(entry: Entry) -> Made:
@@ -157,7 +182,7 @@ def _run(
         kept = [entry for entry in entries if entry.candidate.name in made]
         report = make_sweep_report(
             {entry.candidate.name: (entry.candidate, entry.plan) for entry in kept},
-            made, {name: run.report for name, run in runs.items()}, timed,
+            made, {name: run.report for name, run in runs.items()}, timed, store,
             command=command, path=path, failed=tuple(failed.values()), searches=searches,
         )  # fmt: skip
         values, html = to_json(report, SCHEMA), render_sweep(report)
@@ -168,13 +193,21 @@ def _run(
     return Sweep(store.root, report, runs)
 
 
-def _lock(entries: Sequence[Entry], vary: Sequence[str], overrides: Sequence[str]) -> str:
+def _lock(
+    entries: Sequence[Entry],
+    vary: Sequence[str],
+    overrides: Sequence[str],
+    search: Sequence[str],
+    trials: int,
+) -> str:
     """Return what the sweep depends on."""
     return dumped(
         {
             "slimfuse": __version__,
             "overrides": [*overrides],
             "vary": [*vary],
+            "search": [*search],
+            "trials": trials,
             "candidates": {e.candidate.name: digest(lock_text(e.job)) for e in entries},
         }
     )

@@ -107,17 +107,19 @@ def accuracy_size(
     front: Sequence[str] = (),
     unnamed: Sequence[str] = (),
 ) -> str:
-    """Return the plot of `metric` with its interval against millions of parameters.
+    """Return the plot of `metric` with its interval against the number of parameters.
 
     front, unnamed: see `accuracy_latency`. Raises: SlimfuseError when no row has the metric.
     """
+    most = max((row.params for row in rows), default=0)
+    step, prefix = (1e6, "millions") if most >= 1e6 else (1e3, "thousands")
     points = [
-        Point(row, _scaled(metric, row.metrics[metric]), (row.params / 1e6,) * 2,
+        Point(row, _scaled(metric, row.metrics[metric]), (row.params / step,) * 2,
               row.name not in unnamed)
         for row in rows
         if metric in row.metrics
     ]  # fmt: skip
-    return _scatter(points, "parameters, millions", metric, theme, front)
+    return _scatter(points, f"parameters, {prefix}", metric, theme, front)
 
 
 def _scatter(
@@ -164,8 +166,9 @@ def _point(ax: Axes, point: Point, colours: Palette) -> None:
     colour = colours.hues[hue]
     low, value, high = point.shown
     x = point.x[0]
-    ax.plot(point.x, [value, value], color=colour, lw=1, alpha=0.55)
-    ax.plot([x, x], [low, high], color=colour, lw=1.6, solid_capstyle="butt")
+    if point.named:
+        ax.plot(point.x, [value, value], color=colour, lw=1, alpha=0.55)
+        ax.plot([x, x], [low, high], color=colour, lw=1.6, solid_capstyle="butt")
     size = 7 if point.named else 5
     ax.plot([x], [value], mark, ms=size, color=colour, mec=colours.ground, mew=0.8, zorder=3)
 
