@@ -16,7 +16,7 @@ from slimfuse.errors import UserError
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.contenders import split_option
 from slimfuse.pipeline.making import stages_of
-from slimfuse.recipe import Recipe
+from slimfuse.recipe import InvalidRecipe, Recipe
 from slimfuse.store import Store
 
 EXAMPLE = "target.hidden_size=0.75,0.5,0.25"
@@ -107,11 +107,14 @@ def every(found: Sequence[Candidate], make: Callable[[Candidate], T]) -> dict[st
     first = next(iter(wrong.values()))
     if len(found) == 1 or (not made and len({str(error) for error in wrong.values()}) == 1):
         raise first  # the recipe's own fault
+    if all(isinstance(error, InvalidRecipe) for error in wrong.values()):
+        problems = [p for e in wrong.values() if isinstance(e, InvalidRecipe) for p in e.problems]
+        raise InvalidRecipe(dict.fromkeys(problems))
     lines = [f"{len(wrong)} of {len(found)} candidates can't be made"]
     for name, error in wrong.items():
         lines += [f"  {name}:", *(f"    {line}" for line in str(error).splitlines())]
     lines.append(f"  {'next:':9}leave these values out; nothing was done yet")
-    raise type(first)("\n".join(lines))
+    raise UserError("\n".join(lines))
 
 
 def same_test(first: BaseJob, other: BaseJob) -> bool:

@@ -98,13 +98,17 @@ def axes_of(options: Sequence[str], trials: int) -> list[Axis]:
     for key in keys:
         if keys.count(key) > 1:
             raise UserError("a key is searched twice", where="--search", got=key)
-    if found and importlib.util.find_spec("optuna") is None:
+    if found and not _installed():
         raise UserError(
             "a search needs Optuna, which is not installed",
             where="--search",
             hint="pip install 'slimfuse[search]'",
         )
     return found
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("optuna") is not None
 
 
 def check_space(axes: Sequence[Axis], load: Callable[[Sequence[str]], object]) -> None:
