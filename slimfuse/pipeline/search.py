@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
+SECONDS = "seconds"
 JOURNAL = "search.journal"
 EXAMPLE = "finetune.lr=1e-4..1e-2 or fuse.units=cholesky,ziplm"
 WAYS = {"higher": "maximize", "lower": "minimize"}
@@ -172,8 +173,8 @@ def goals_of(axes: Sequence[Axis], metric: str, better: str) -> dict[str, Any]:
 class Searching:
     """The search of one candidate, kept in a journal: a killed one goes on where it stood.
 
-    measure: overrides → the goals' figures; raises UserError for settings that can't be made, and
-    CheckFailed for a model that fails its checks.
+    measure: overrides → the goals' figures and, as SECONDS, the time it took; raises UserError
+    for settings that can't be made, and CheckFailed for a model that fails its checks.
     """
 
     def __init__(
@@ -208,8 +209,9 @@ class Searching:
                 trial.set_user_attr("refused", first_line(error).partition(": ")[2])
                 study.tell(trial, state=_states().FAIL)
                 continue
-            told = ", ".join(f"{goal} {value:.4g}" for goal, value in figures.items())
+            told = ", ".join(f"{goal} {figures[goal]:.4g}" for goal in self.goals)
             console.print(f"  {told}", markup=False)
+            trial.set_user_attr("seconds", figures.get(SECONDS, 0.0))
             study.tell(trial, [figures[goal] for goal in self.goals])
 
     def found(self, samples: int) -> tuple[list[Candidate], Search]:
@@ -252,7 +254,11 @@ class Searching:
         figures = None
         if trial.state == _states().COMPLETE:
             figures = dict(zip(self.goals, trial.values, strict=True))
-        return Trial(place, dict(trial.params), figures, str(trial.user_attrs.get("refused", "")))
+        more = trial.user_attrs
+        return Trial(
+            place, dict(trial.params), figures, str(more.get("refused", "")),
+            float(more.get("seconds", 0.0)),
+        )  # fmt: skip
 
     def _overrides(self, params: dict[str, Any]) -> tuple[str, ...]:
         return tuple(f"{key}={value}" for key, value in params.items())

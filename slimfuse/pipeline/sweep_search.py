@@ -11,7 +11,7 @@ from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.making import stages_of, train
 from slimfuse.pipeline.run import planned_of, prepared
-from slimfuse.pipeline.search import VALIDATION, Axis, Searching, goals_of
+from slimfuse.pipeline.search import SECONDS, VALIDATION, Axis, Searching, goals_of
 from slimfuse.pipeline.shaping import pinned
 from slimfuse.pipeline.stages import Figures
 from slimfuse.progress import console
@@ -52,12 +52,14 @@ class Trials:
     def measure(self, settings: Sequence[str]) -> dict[str, float]:
         """Return a trial's figures of all that is sought."""
         job = sharing({"like": self.like, "trial": self._job(settings)}, self.store)["trial"]
+        own = Store(self.store.root, self.store)
         measured: dict[str, Figures] = {}
-        made = train(stages_of(job, self.store), measured, control=False)
+        made = train(stages_of(job, own), measured, control=False)
         metric = job.task.metric.key
         row = "finetuned" if made.sparse is None else made.sparse.child.row
         params = planned_of(job).models[-1].params
-        return {metric: measured[row][metric].value, "params": float(params)}
+        spent = sum(own.timings().values())
+        return {metric: measured[row][metric].value, "params": float(params), SECONDS: spent}
 
     @property
     def searching(self) -> Searching:

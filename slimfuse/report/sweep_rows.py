@@ -44,12 +44,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """One try of a search: the keys' values, and what came out; None where it was refused."""
+    """One try of a search: the keys' values, and what came out; None where it was refused.
+
+    seconds: what its stages took, those that it shares with others too.
+    """
 
     number: int
     values: dict[str, Any]
     figures: dict[str, float] | None
     note: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
