@@ -82,7 +82,7 @@ def main() -> None:
         *(f"| compress, {KEY}={w} | {s.wall:.0f} | {s.cpu:.0f} |" for w, s in alone.items()),
         f"| all {len(alone)} runs | {sums.wall:.0f} | {sums.cpu:.0f} |",
         f"| sweep | {together.wall:.0f} | {together.cpu:.0f} |",
-        f"| ratio | **{ratio['wall']:.0%}** | {ratio['cpu']:.0%} |",
+        f"| ratio | {ratio['wall']:.0%} | {ratio['cpu']:.0%} |",
         "",
         "Seconds of the sweep's stages, shared ones once: "
         + ", ".join(f"{name} {spent:.0f}" for name, spent in stages if spent >= 1)
@@ -100,7 +100,11 @@ def main() -> None:
     write(name, data, "\n".join(lines))
     settle(
         {
-            f"the sweep takes less than {MOST:.0%} of the runs' seconds": ratio["wall"] < MOST,
+            # both: other work on the machine changes the clock's, and it may not last evenly
+            f"the sweep takes less than {MOST:.0%} of the runs' {name}": ratio[kind] < MOST
+            for kind, name in (("wall", "seconds"), ("cpu", "CPU seconds"))
+        }
+        | {
             "every model has the same bytes either way": all(same.values()),
         }
     )

@@ -292,6 +292,7 @@ def test_it_is_a_function_of_the_package() -> None:
         (("fuse.units=best,worst",), InvalidRecipe, "fuse.units=worst: fuse.units"),
         (("target.hidden_size=3,999,0.5",), UserError, "2 of 3 candidates can't be made"),
         (("target.hidden_size=3,999",), UserError, "hidden_size=999:\n"),
+        (("target.hidden_size=3,abc,0.5",), UserError, "2 of 3 candidates can't be made"),
         (("data.limit.test=20,30",), UserError, "different samples"),
         (("parents.0.name=b,c", "target.hidden_size=3"), ShapeError, "hidden_size"),
     ],

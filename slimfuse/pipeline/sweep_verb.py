@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from slimfuse.pipeline.sweep_report import make_sweep_report
 from slimfuse.pipeline.sweep_search import Trials, searched, trials_of
 from slimfuse.pipeline.sweep_timing import time_together
 from slimfuse.progress import console, working
-from slimfuse.recipe import load_located
+from slimfuse.recipe import Located, load_located
 from slimfuse.report import Search, SweepReport, render_sweep, to_json
 from slimfuse.report.sweep_rows import SCHEMA
 from slimfuse.store import Store, digest, write_text
@@ -61,9 +62,10 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Entry:
-    """A candidate with its opened inputs, its plan and its run folder."""
+    """A candidate with its recipe, its opened inputs, its plan and its run folder."""
 
     candidate: Candidate
+    loaded: Located
     job: BaseJob
     plan: Plan
     store: Store
@@ -103,9 +105,7 @@ def sweep(
             allowed=f"KEY=V1,V2, as in {EXAMPLE}",
             hint="one run is made by slimfuse compress",
         )
-    loaded = every(asked, lambda one: load_located(path, one.overrides))
-    name = next(iter(loaded.values())).recipe.name
-    store = Store(Path(out) if out is not None else Path("runs") / f"{name}-sweep")
+    store = Store(Path(out) if out is not None else Path("runs") / f"{_name(path, asked)}-sweep")
     store.check_ours(LOCK, RESULTS)
     entries = opened(path, asked, store)
     lock = _lock(entries, vary, overrides, search, trials)
@@ -131,12 +131,28 @@ def sweep(
 
 def opened(path: Path, asked: Sequence[Candidate], store: Store) -> list[Entry]:
     """Return candidates with their inputs; raises UserError for all that can't be made at once."""
-    loaded = every(asked, lambda one: load_located(path, one.overrides))
-    stores = {one.name: Store(store.root / FOLDER / one.folder, store) for one in asked}
-    jobs = every(asked, lambda one: prepared(loaded[one.name], path, stores[one.name]))
-    jobs = sharing(jobs, store)
+
+    def open_one(one: Candidate) -> tuple[Located, BaseJob, Store]:
+        own = Store(store.root / FOLDER / one.folder, store)
+        own.check_ours()
+        loaded = load_located(path, one.overrides)
+        return loaded, prepared(loaded, path, own), own
+
+    found = every(asked, open_one)
+    jobs = sharing({name: job for name, (_, job, _) in found.items()}, store)
     plans = {name: planned_of(job) for name, job in jobs.items()}
-    return [Entry(one, jobs[one.name], plans[one.name], stores[one.name]) for one in asked]
+    return [
+        Entry(one, found[one.name][0], jobs[one.name], plans[one.name], found[one.name][2])
+        for one in asked
+    ]
+
+
+def _name(path: Path, asked: Sequence[Candidate]) -> str:
+    """Return the recipe's name, which is the same for all; "" where no candidate can be read."""
+    for one in asked:
+        with suppress(UserError):
+            return load_located(path, one.overrides).recipe.name
+    return ""
 
 
 def _loaded(path: Path, one: Candidate, more: Sequence[str]) -> None:
@@ -147,7 +163,11 @@ def made_of(entry: Entry) -> Made:
     """Make and measure one candidate's models, as far as isn't done yet."""
     with entry.store.lock():
         write_lock(lock_text(entry.job), entry.store)
-        return make(entry.job, entry.store, entry.plan)
+        try:
+            return make(entry.job, entry.store, entry.plan)
+        except UserError as error:  # one that only the work could show
+            error.where = entry.loaded.locate(error.where)
+            raise
 
 
 def _run(
