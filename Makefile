@@ -8,7 +8,8 @@ SOURCES := slimfuse export tests benchmarks
 .PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist \
 	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
 	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
-	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped bench-distillation clean
+	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
+	bench-distillation bench-sweep clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -66,6 +67,9 @@ bench-structured: install
 
 bench-saliency-fusion: install
 	$(BIN)/python benchmarks/saliency_fusion.py
+
+bench-sweep: install
+	$(BIN)/python benchmarks/sweep.py
 
 bench-smollm2: install
 	$(BIN)/python benchmarks/smollm2.py

@@ -95,7 +95,8 @@ class Bench:
         self.shared: dict[str, Samples] = {}
         self.changes = (
             parents(kind, seed, arguments), f"runtime.threads={arguments.threads}",
-            f"runtime.seed={seed}", f"data.calibration.seed={seed}", f"finetune.seed={seed}", "baselines=[]", "gates=[]",
+            f"runtime.seed={seed}", f"data.calibration.seed={seed}", f"finetune.seed={seed}",
+            "baselines=[]", "gates=[]",
             "data.calibration.samples=1024", f"data.limit.train={self.case.train}",
             f"data.limit.test={self.case.test}", f"finetune.batch_size={self.case.batch}",
             *self.case.changes,

@@ -10,21 +10,24 @@ import slimfuse.compat  # noqa: F401 - before anything that might import torchvi
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from slimfuse.pipeline import Comparison, Run, compare, compress, plan, sparsify
+    from slimfuse.pipeline import Comparison, Run, Sweep, compare, compress, plan, sparsify, sweep
     from slimfuse.stock import verify
 
 __version__ = "0.1.0"
 __all__ = [
-    "Comparison", "Run", "__version__", "compare", "compress", "plan", "sparsify", "verify",
+    "Comparison", "Run", "Sweep", "__version__", "compare", "compress", "plan", "sparsify", "sweep",
+    "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "Comparison": "slimfuse.pipeline",
     "Run": "slimfuse.pipeline",
+    "Sweep": "slimfuse.pipeline",
     "compare": "slimfuse.pipeline",
     "compress": "slimfuse.pipeline",
     "plan": "slimfuse.pipeline",
     "sparsify": "slimfuse.pipeline",
+    "sweep": "slimfuse.pipeline",
     "verify": "slimfuse.stock",
 }
 

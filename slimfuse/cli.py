@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,11 +16,9 @@ from slimfuse.interrupt import terminate
 from slimfuse.progress import console, working
 
 if TYPE_CHECKING:
-    from slimfuse.pipeline import Run
-    from slimfuse.recipe import RecipeInfo
+    from slimfuse.pipeline import Run, Sweep
 
 INTERRUPTED = 130
-MANY = 9  # recipes of a subfolder that are still listed one by one
 
 app = typer.Typer(
     name="slimfuse",
@@ -207,6 +204,60 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
+@app.command("sweep")
+def sweep_recipe(
+    recipe: RecipePath,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Change one key. Of several values, as in target.hidden_size=0.75,0.5, each makes "
+            "a candidate; of several such options every combination does.",
+            metavar="KEY=V1,V2,…",
+        ),
+    ] = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Search a key between two numbers or among values, on held-out training samples. "
+            "May be repeated.",
+            metavar="KEY=LOW..HIGH",
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=0, help="Trials of the search, per candidate.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder (default runs/NAME-sweep).")
+    ] = None,
+) -> None:
+    """Run a recipe at several settings: what they share made once, their trade-off in one page."""
+    with working("starting"):
+        from slimfuse.pipeline import sweep
+
+    found = sweep(
+        recipe, vary=tuple(options or ()), search=tuple(search or ()), trials=trials, out=out
+    )
+    _show_sweep(found)
+
+
+def _show_sweep(found: Sweep) -> None:
+    """Print what a sweep found, and exit with 3 where no candidate passes the gates."""
+    from rich.console import Console
+
+    from slimfuse.report import sweep_table
+
+    stdout, report = Console(highlight=False), found.report
+    stdout.print(sweep_table(report, width=stdout.width))
+    told = f"pick: {report.picked}: {report.reason}" if report.picked else report.reason
+    stdout.print(escape(told), style=None if found.passed else "red", soft_wrap=True)
+    for warning in report.warnings:
+        stdout.print(f"[yellow]note:[/] {escape(warning)}")
+    if found.picked is not None:
+        stdout.print(escape(f"model:  {found.picked.model}"), soft_wrap=True)
+    stdout.print(escape(f"report: {found.folder / 'sweep.html'}"), soft_wrap=True)
+    if not found.passed:
+        raise typer.Exit(3)
+
+
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A finished model folder.", show_default=False)],
@@ -258,11 +309,11 @@ def recipe_list(
     from rich.text import Text
 
     from slimfuse.errors import RecipeError
-    from slimfuse.recipe import find_recipes
+    from slimfuse.recipe.listing import listed
 
     if not folder.is_dir():
         raise RecipeError("there is no such folder", where=str(folder), hint="name a folder")
-    lines = _listed(find_recipes(folder), folder)
+    lines = listed(folder)
     wide = [max([0, *(len(line[i]) for line in lines)]) for i in (0, 1)]
     stdout, before = Console(highlight=False), None
     for family, name, about, style in lines:
@@ -275,28 +326,6 @@ def recipe_list(
         before = family
     last = f"slimfuse plan {folder}/NAME says what one makes and needs"
     stdout.print(escape(last if lines else f"no recipe below {folder}"), soft_wrap=True)
-
-
-def _listed(found: list[RecipeInfo], folder: Path) -> list[tuple[str, str, str, str]]:
-    """Return family, name, need and style of every line; a folder of many recipes is one."""
-    homes = {info.path: info.path.parent.relative_to(folder) for info in found}
-    many = {home for home, count in Counter(homes.values()).items() if home.parts and count > MANY}
-    lines = {}
-    for info in sorted(found, key=lambda info: (info.family, info.path)):
-        name, about = info.path.relative_to(folder).as_posix(), info.summary
-        home = homes[info.path]
-        if info.error is not None:
-            first, *more = info.error.what.splitlines()
-            about = f"{first}; {len(more)} more" if more else first
-            lines[name] = (info.family, name, about, "red")
-        elif home in many:
-            count = list(homes.values()).count(home)
-            about = f"{count} recipes: slimfuse recipe list {folder / home}"
-            lines[f"{home}"] = (info.family, f"{home.as_posix()}/", about, "")
-        else:
-            about += " …" if about and about[-1] not in ".!?" else ""
-            lines[name] = (info.family, name, about, "")
-    return list(lines.values())
 
 
 @recipes.command("show")

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,19 +54,23 @@ class Store:
     A stage is built in `stages/NAME-KEY.partial` and renamed when it is whole, so a folder
     without that suffix is finished by construction. Of what a killed run left in the partial
     folder only checkpoints stay for the next one, which may go on from them.
+    among: a store whose stages this one shares; its results are its own.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, among: Store | None = None) -> None:
         self.root = root
-        self._checked: dict[str, Stage] = {}  # by key: files are hashed once a process
+        self.stages: Path = root / "stages" if among is None else among.stages
+        # by key: files are hashed once a process
+        self._checked: dict[str, Stage] = {} if among is None else among._checked
+        self._used: dict[str, Stage] = {}
 
-    def check_ours(self) -> None:
+    def check_ours(self, lock: str = LOCK, results: Sequence[str] = RESULTS) -> None:
         """Raise StorageError where the folder's results are not a run's: we would replace them."""
-        names = (LOCK, "stages", LOG, *RESULTS)
+        names = (lock, "stages", LOG, *results)
         there = {name for name in names if os.path.lexists(self.root / name)}
-        if LOCK in there or {"stages", LOG} <= there:
+        if lock in there or {"stages", LOG} <= there:
             return
-        foreign = [name for name in RESULTS if name in there]
+        foreign = [name for name in results if name in there]
         if foreign:
             raise StorageError(
                 "the folder is not a run folder, and holds files that a run would replace",
@@ -82,12 +86,12 @@ class Store:
         """
         key = digest({"stage": name, **inputs})[:KEY_LENGTH]
         if key in self._checked:
-            return self._checked[key]
-        final = self.root / "stages" / f"{name}-{key}"
+            return self._use(self._checked[key])
+        final = self.stages / f"{name}-{key}"
         manifest = self._manifest(final)
         if manifest is None:
             start = time.monotonic()
-            with writing(self.root):
+            with writing(self.stages.parent):
                 partial = _emptied(final.with_name(final.name + ".partial"), keep=CHECKPOINTS)
                 self.log(name, "start", key=key)
                 build(partial)
@@ -109,6 +113,10 @@ class Store:
             self.log(name, "cached", key=key)
         stage = Stage(name, key, final, manifest["files"], float(manifest["seconds"]))
         self._checked[key] = stage
+        return self._use(stage)
+
+    def _use(self, stage: Stage) -> Stage:
+        self._used[stage.key] = stage
         return stage
 
     def _manifest(self, folder: Path) -> dict[str, Any] | None:
@@ -129,13 +137,13 @@ class Store:
     def publish(self, stage: Stage, name: str) -> Path:
         """Copy a stage's files (without manifest) to `root/name`, replacing it in one step."""
         target = self.root / name
-        with writing(self.root):
+        with writing(self.stages.parent):
             there = {f.relative_to(target).as_posix() for f in _files(target)}
             if there == stage.files.keys() and all(
                 _is(target / file, sha256) for file, sha256 in stage.files.items()
             ):
                 return target
-            partial = _emptied(self.root / "stages" / f"publish-{name}.partial")
+            partial = _emptied(self.stages / f"publish-{name}.partial")
             for file in stage.files:
                 (partial / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(stage.path / file, partial / file)
@@ -146,9 +154,9 @@ class Store:
 
     def withdraw(self, *names: str) -> None:
         """Remove published files or folders, so that nothing old looks like this run's result."""
-        with writing(self.root):
+        with writing(self.stages.parent):
             for name in names:
-                target, doomed = self.root / name, self.root / "stages" / f"withdraw-{name}.partial"
+                target, doomed = self.root / name, self.stages / f"withdraw-{name}.partial"
                 _remove(doomed)
                 if target.is_dir():
                     doomed.parent.mkdir(exist_ok=True)
@@ -159,15 +167,23 @@ class Store:
 
     def timings(self) -> dict[str, float]:
         """Return the seconds that each stage used so far took to make, in this run or before."""
-        return {stage.name: stage.seconds for stage in self._checked.values()}
+        return {stage.name: stage.seconds for stage in self.used}
 
-    def used_bytes(self, lock: str) -> int:
-        """Return the bytes of stages that the run with this lock has made; 0 for another run."""
-        file = self.root / LOCK
+    @property
+    def used(self) -> tuple[Stage, ...]:
+        """The stages that were asked for so far."""
+        return tuple(self._used.values())
+
+    def used_bytes(self, lock: str, name: str = LOCK) -> int:
+        """Return the bytes of stages that the run with this lock has made; 0 for another run.
+
+        name: of the file that holds the lock.
+        """
+        file = self.root / name
         if not file.is_file() or file.read_bytes() != lock.encode():
             return 0
         since = file.stat().st_mtime_ns
-        found = (f.stat() for f in _files(self.root / "stages"))
+        found = (f.stat() for f in _files(self.stages))
         return sum(stat.st_size for stat in found if stat.st_mtime_ns >= since)
 
     def log(self, stage: str, event: str, **more: Any) -> None:

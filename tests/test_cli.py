@@ -48,11 +48,13 @@ def test_a_new_process_answers_at_once_and_without_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "LIGHT" in done.stdout
-    for command in ("compress", "compare", "plan", "verify", "doctor", "recipe"):
+    for command in ("compress", "sweep", "compare", "plan", "verify", "doctor", "recipe"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["compress", "compare", "plan", "verify", "doctor", "recipe"])
+@pytest.mark.parametrize(
+    "command", ["compress", "sweep", "compare", "plan", "verify", "doctor", "recipe"]
+)
 def test_every_command_has_help(run: Callable[..., Ran], command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0 and "Usage: slimfuse" in out

@@ -15,6 +15,7 @@ import torch
 
 from slimfuse.errors import RecipeError, SlimfuseError, UserError
 from slimfuse.families import Shape
+from slimfuse.pipeline.candidates import same_test
 from slimfuse.pipeline.common import ParentJob, Part
 from slimfuse.pipeline.contenders import ablation, ladder, variations
 from slimfuse.pipeline.held_out import learnt
@@ -146,9 +147,7 @@ def _variant(one: Located, name: str, seed: int, job: Job, shapes: dict[str, Sha
         except UserError as error:
             error.where = one.locate(error.where)
             raise
-        if (made.data.fingerprint, made.data.test.labels.tobytes()) != (
-            job.data.fingerprint, job.data.test.labels.tobytes()
-        ):  # fmt: skip
+        if not same_test(made, job):
             what = "this row would be measured on other samples than the recipe"
             raise UserError(what, where="--vary", got=name, allowed="one test set for all rows")
         shapes[name] = made.proposal.shape

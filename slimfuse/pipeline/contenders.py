@@ -85,11 +85,7 @@ def variations(options: Sequence[str]) -> tuple[str, ...]:
     """
     found = []
     for option in options:
-        key, equals, text = option.partition("=")
-        key, values = re.sub(r"\[([0-9]+)\]", r".\1", key.strip()), _values(text)
-        if not key or not equals or not all(values):
-            allowed = "KEY=VALUE,VALUE, as in fuse.units=cholesky,saliency"
-            raise UserError("not a key and its values", where="--vary", got=option, allowed=allowed)
+        key, values = split_option(option, "--vary", "fuse.units=cholesky,saliency")
         top = key.partition(".")[0]
         if key in ALIKE or (top in Recipe.model_fields and top not in VARIED):
             raise UserError(
@@ -101,6 +97,19 @@ def variations(options: Sequence[str]) -> tuple[str, ...]:
             )
         found += [f"{key}={value}" for value in values]
     return tuple(dict.fromkeys(found))
+
+
+def split_option(option: str, where: str, example: str) -> tuple[str, list[str]]:
+    """Return the key and the values of `KEY=V1,V2,…`; raises UserError for another form.
+
+    Commas in brackets or quotes part no values. where, example: for the error.
+    """
+    key, equals, text = option.partition("=")
+    key, values = re.sub(r"\[([0-9]+)\]", r".\1", key.strip()), _values(text)
+    if not key or not equals or not all(values):
+        allowed = f"KEY=VALUE,VALUE, as in {example}"
+        raise UserError("not a key and its values", where=where, got=option, allowed=allowed)
+    return key, values
 
 
 def _values(text: str) -> list[str]:

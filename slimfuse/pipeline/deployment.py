@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,17 @@ from slimfuse.errors import CheckFailed
 from slimfuse.onnx import export_onnx
 from slimfuse.pipeline.stages import ANSWERS, BaseStages
 from slimfuse.progress import track, working
-from slimfuse.store import Stage
+from slimfuse.recipe import AnyRecipe
+from slimfuse.store import Stage, Store
 from slimfuse.tasks import Evidence, Task, ask
 
 PARITY_BATCHES = (1, 3, 5)  # the graph is traced with 2
 PARITY_RTOL = 1e-4
 CHILDREN = ("onnx", "onnx-int8")
 DENSE = "finetuned"  # timed where the children are sparse
+BENCH = "bench.json"
+File = tuple[Path, str]
+"""An ONNX file, and what its content is known by."""
 SINGLE_FLOPS = 1e12  # about a minute at batch 1 on one core
 
 
@@ -132,32 +136,49 @@ class Deployment:
         )
         return load_file(made.path / ANSWERS)
 
-    def _usual(self, rows: int) -> dict[str, Any]:
+    def usual(self, rows: int) -> dict[str, Any]:
         """Return inputs of a usual size."""
         return dict(resize_batch(arrays(self.job.example), rows))
 
-    def latency(self, models: Mapping[str, tuple[Path, str]]) -> Stage:
-        """Return a stage whose bench.json holds interleaved latencies of ONNX files by name."""
+    def bench(self, files: Mapping[str, File]) -> dict[str, Any]:
+        """Return interleaved latencies of a run's ONNX files by row, see `Timing.result`."""
+        bases = {*(p.name for p in self.job.parents), DENSE}
+        pairs = [(base, row) for base in files for row in files if base in bases]
+        pairs = [(base, row) for base, row in pairs if row in CHILDREN]
+        return Timing(self.store, self.recipe, self.usual).result(files, pairs)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How files are timed: by a recipe's settings, on inputs that `inputs` makes of some rows."""
+
+    store: Store
+    recipe: AnyRecipe
+    inputs: Callable[[int], dict[str, Any]]
+
+    def result(self, files: Mapping[str, File], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """Return latencies of ONNX files by name, the ratios of pairs (base, other), the machine.
+
+        All are timed in turns, call by call; kept as a stage.
+        """
         spec = self.recipe.bench
 
         def build(folder: Path) -> None:
             with track("measuring latency", 100) as tell:
                 result = bench(
-                    {name: path for name, (path, _) in models.items()},
+                    {name: path for name, (path, _) in files.items()},
                     threads=spec.threads,
                     batch=spec.batch,
                     warmup=spec.warmup,
                     min_seconds=spec.min_seconds,
                     seed=self.recipe.runtime.seed,
-                    make_inputs=self._usual,
+                    make_inputs=self.inputs,
                     progress=lambda share, label: tell(round(100 * share), label),
                 )
             conditions = [(t, b) for t in spec.threads for b in spec.batch]
             ratios = [
                 asdict(result.ratio(base, other, threads=t, batch=b))
-                for base in models
-                for other in models
-                if base in {*(p.name for p in self.job.parents), DENSE} and other in CHILDREN
+                for base, other in pairs
                 for t, b in conditions
             ]
             kept = {
@@ -165,14 +186,17 @@ class Deployment:
                 "ratios": ratios,
                 "environment": {k: str(v) for k, v in result.environment.items()},
             }
-            (folder / "bench.json").write_text(json.dumps(kept, indent=1))
+            (folder / BENCH).write_text(json.dumps(kept, indent=1))
 
-        inputs = {
-            "models": {name: key for name, (_, key) in models.items()},
+        given = {
+            "models": {name: key for name, (_, key) in files.items()},
+            "pairs": [list(pair) for pair in pairs],
             "bench": spec.model_dump(mode="json"),
             "machine": environment(),  # what was timed elsewhere is no figure of this machine
         }
-        return self.store.stage("bench", inputs, build)
+        made = self.store.stage("bench", given, build)
+        found: dict[str, Any] = json.loads((made.path / BENCH).read_text())
+        return found
 
 
 def _tools() -> dict[str, str]:

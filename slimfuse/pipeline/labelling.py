@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -11,8 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from slimfuse.data import DataSet, Split, TextData
+from slimfuse.data.base import draw
 from slimfuse.errors import DataError
-from slimfuse.recipe import Data, Train, Training
+from slimfuse.recipe import Data, MeasuredPart, Train, Training
 from slimfuse.tasks.text_classification import PROBLEMS
 
 SHOWN = 6
@@ -106,14 +108,32 @@ def _same_order(config: Any, data: DataSet) -> bool:
 def limited(data: D, spec: Data) -> D:
     """Return a data set with at most as many samples as the recipe allows.
 
-    Of texts that are joined (`packing`) the first ones, since the next follows from the last.
+    Of texts that are joined (`packing`) the first ones, since the next follows from the last. A
+    validation part is taken from the training samples that are left, and stands for the test split.
     """
     joined = isinstance(data, TextData) and spec.packing
-    train, test = (
-        _cut(split, limit, joined=joined)
-        for split, limit in ((data.train, spec.limit.train), (data.test, spec.limit.test))
-    )
-    return replace(data, train=train, test=test)
+    train, test, mark = data.train, data.test, data.fingerprint
+    train = _cut(train, spec.limit.train, joined=joined)
+    if spec.validation is not None:
+        train, test = _held_out(train, spec.validation, joined=joined)
+        told = f"{mark} validation {len(test)} {spec.validation.seed}"
+        mark = hashlib.sha256(told.encode()).hexdigest()
+    test = _cut(test, spec.limit.test, joined=joined)
+    return replace(data, train=train, test=test, fingerprint=mark)
+
+
+def _held_out(split: Split, spec: MeasuredPart, *, joined: bool) -> tuple[Split, Split]:
+    """Return what is left of a training split, and the part that is held out."""
+    size = round(spec.share * len(split))
+    if not 0 < size < len(split):
+        raise DataError(
+            "no samples are left to train on, or none to measure",
+            where="data.validation.share",
+            got=f"{spec.share:g} of {len(split)} training samples",
+        )
+    places = np.arange(len(split))
+    held = places[-size:] if joined else draw(len(split), size, spec.seed)
+    return split.take(np.setdiff1d(places, held)), split.take(held)
 
 
 def _cut(split: Split, limit: int | None, *, joined: bool) -> Split:

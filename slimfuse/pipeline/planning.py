@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from slimfuse.recipe import Recipe, Sparsify
 from slimfuse.recipe.sparsifying import BY_BLOCK, BY_GRADIENTS
 from slimfuse.saliency.fisher import HELD, MEMORY
 from slimfuse.shapes import AXES, Proposal
-from slimfuse.store import Store, free_bytes
+from slimfuse.store import LOCK, Store, free_bytes
 from slimfuse.tasks import LanguageTask, Task
 
 RUNTIME_BYTES = 1450 << 20  # the libraries and their ONNX exporter: 1 080 to 1 310 MiB measured
@@ -42,6 +42,9 @@ class Planned:
     flops: int
     bytes: int
     steps: int
+
+
+_NOTHING = Planned("", "", 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -193,10 +196,24 @@ def disk_bytes(models: Sequence[Planned]) -> int:
     return 3 * sum(m.bytes for m in others) + 12 * child.bytes + (8 << 20)
 
 
-def check_disk(plan: Plan, store: Store, lock: str) -> None:
-    """Raise StorageError when the disk can't hold what the run with this lock will yet write."""
+def joint(plans: Sequence[Plan], trials: int = 0) -> Plan:
+    """Return the plan of several runs that share their parents, as far as memory and disk go.
+
+    trials: of a search, each of which leaves its model as it was fused and finetuned.
+    """
+    parents = [disk_bytes([*plan.models[:-1], _NOTHING]) for plan in plans]
+    disk = max(parents) + sum(p.disk - own for p, own in zip(plans, parents, strict=True))
+    disk += trials * 2 * max(plan.models[-1].bytes for plan in plans)
+    return replace(plans[0], memory=max(plan.memory for plan in plans), disk=disk)
+
+
+def check_disk(plan: Plan, store: Store, lock: str, name: str = LOCK) -> None:
+    """Raise StorageError when the disk can't hold what the run with this lock will yet write.
+
+    name: of the file that holds the lock.
+    """
     free = free_bytes(store.root)
-    if free + store.used_bytes(lock) < plan.disk:
+    if free + store.used_bytes(lock, name) < plan.disk:
         raise StorageError(
             "the disk is too full for this run",
             where=str(store.root),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,13 @@ from slimfuse.tasks import Evidence
 
 @dataclass(frozen=True)
 class Measurements:
-    """All that a run found out, by row name. sparse, files: of a sparse child."""
+    """All that a run found out, by row name. sparse, files: of a sparse child.
+
+    command, lock, timings, bench: known at its end; bench: see `Deployment.bench`.
+    """
 
     job: BaseJob
     plan: Plan
-    command: str
     measured: dict[str, Figures]
     parents: dict[str, tuple[Path, str]]
     anchor: Path | None
@@ -48,16 +49,17 @@ class Measurements:
     exported: Stage
     int8: Stage | None
     int8_dropped: bool
-    latency: Stage
-    lock: dict[str, Any]
-    timings: dict[str, float]
     evidence: dict[str, Evidence]
     batches: dict[str, int]
+    command: str = ""
+    lock: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    bench: dict[str, Any] = field(default_factory=dict)
 
 
 def make_report(m: Measurements) -> Report:
     """Return the report of a run."""
-    bench = json.loads((m.latency.path / "bench.json").read_text())
+    bench = m.bench
     speedups = tuple(
         Speedup(r["base"], r["other"], r["threads"], r["batch"],
                 1 / r["value"], 1 / r["high"], 1 / r["low"])
@@ -203,13 +205,14 @@ def _gate(gate: Gate, m: Measurements, speedups: tuple[Speedup, ...]) -> GateRes
         return GateResult(
             metric.key, f"at most {metric.amount(gate.limit)} {worse} parent {best}",
             f"{metric.amount(abs(drop))} {worse if drop > 0 else better}", drop <= gate.limit,
+            max(0.0, drop - gate.limit),
         )  # fmt: skip
     if gate.metric == "params":
         *planned, child = m.plan.models
         ratio = child.params / next(p.params for p in planned if p.name == best)
         return GateResult(
             "params", f"at most {gate.limit:g} of parent {best}'s", f"{ratio:.3f}",
-            ratio <= gate.limit,
+            ratio <= gate.limit, max(0.0, ratio / gate.limit - 1),
         )  # fmt: skip
     conditions = {(s.threads, s.batch) for s in speedups}
     batch = min(b for _, b in conditions)
@@ -224,6 +227,7 @@ def _gate(gate: Gate, m: Measurements, speedups: tuple[Speedup, ...]) -> GateRes
         f"{threads} thread{'s' * (threads > 1)}",
         f"{found.ratio:.2f}× ({found.low:.2f} – {found.high:.2f})",
         found.ratio >= gate.limit,
+        max(0.0, 1 - found.ratio / gate.limit),
     )
 
 

@@ -40,6 +40,15 @@ class Calibration(Strict):
     seed: Seed = Field(0, description="Seed of their choice.")
 
 
+class MeasuredPart(Strict):
+    """A part of the training set, held out to be measured in place of the test set."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="Its share of the training samples, 0 to 1."
+    )
+    seed: Seed = Field(0, description="Seed of its draw; of texts that are joined the last ones.")
+
+
 COLUMNS = (
     "train_split", "test_split", "image_column", "text_column", "label_column", "label_columns",
     "label_separator",
@@ -121,6 +130,11 @@ class Data(Strict):
     limit: Limit = Field(Limit(), description="Caps on the number of samples.")
     calibration: Calibration = Field(
         Calibration(), description="Training samples on which activations are observed."
+    )
+    validation: MeasuredPart | None = Field(
+        None,
+        description="Measure on a part of the training set that nothing in the run is trained on; "
+        "null: on the test split. A search (`slimfuse sweep --search`) sets it.",
     )
 
     @property

@@ -17,11 +17,14 @@ from slimfuse.report.rows import (
     from_json,
     to_json,
 )
+from slimfuse.report.sweep_page import render_sweep, sweep_table
+from slimfuse.report.sweep_rows import Candidate, Search, SweepReport, Trial
 from slimfuse.report.table import console_table
 from slimfuse.report.verdict import verdict
 
 __all__ = [
     "STAGES",
+    "Candidate",
     "Figure",
     "FileSize",
     "GateResult",
@@ -30,13 +33,18 @@ __all__ = [
     "Picture",
     "Report",
     "Row",
+    "Search",
     "Speedup",
     "Stage",
+    "SweepReport",
+    "Trial",
     "accuracy_latency",
     "console_table",
     "draw",
     "from_json",
     "render_html",
+    "render_sweep",
+    "sweep_table",
     "to_json",
     "verdict",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,19 @@ def block_means(matrix: NDArray[np.float64], limit: int = MAX_CELLS) -> NDArray[
     return matrix
 
 
+@dataclass(frozen=True)
+class Point:
+    """A row in a plot: its figure (low, value, high, as shown), and from where to where it is in x.
+
+    named: whether its name stands beside it.
+    """
+
+    row: Row
+    shown: tuple[float, float, float]
+    x: tuple[float, float]
+    named: bool = True
+
+
 def accuracy_latency(
     rows: Sequence[Row],
     threads: int,
@@ -67,28 +81,68 @@ def accuracy_latency(
     *,
     metric: str = "accuracy",
     theme: Theme = "light",
+    front: Sequence[str] = (),
+    unnamed: Sequence[str] = (),
 ) -> str:
     """Return the plot of `metric` with its interval against p50 latency, every row named.
 
+    front: rows that a line ties, from left to right; unnamed: rows without a name beside them.
+
     Raises: SlimfuseError when no row has both figures; ask `plottable` first.
     """
-    points = plottable(rows, threads, batch, metric)
+    found = plottable(rows, threads, batch, metric)
+    points = [
+        Point(row, _scaled(metric, shown), (x.p50_ms, x.p90_ms), row.name not in unnamed)
+        for row, shown, x in found
+    ]
+    label = f"latency p50, ms ({words.condition(threads, batch)})"
+    return _scatter(points, label, metric, theme, front)
+
+
+def accuracy_size(
+    rows: Sequence[Row],
+    *,
+    metric: str,
+    theme: Theme = "light",
+    front: Sequence[str] = (),
+    unnamed: Sequence[str] = (),
+) -> str:
+    """Return the plot of `metric` with its interval against the number of parameters.
+
+    front, unnamed: see `accuracy_latency`. Raises: SlimfuseError when no row has the metric.
+    """
+    most = max((row.params for row in rows), default=0)
+    step, prefix = (1e6, "millions") if most >= 1e6 else (1e3, "thousands")
+    points = [
+        Point(row, _scaled(metric, row.metrics[metric]), (row.params / step,) * 2,
+              row.name not in unnamed)
+        for row in rows
+        if metric in row.metrics
+    ]  # fmt: skip
+    return _scatter(points, f"parameters, {prefix}", metric, theme, front)
+
+
+def _scatter(
+    points: Sequence[Point], label: str, metric: str, theme: Theme, front: Sequence[str]
+) -> str:
     if not points:
-        raise SlimfuseError(
-            f"no row has both {metric} and a latency", where=words.condition(threads, batch)
-        )
+        raise SlimfuseError(f"no row has both {metric} and what it is drawn against", where=label)
     with canvas(4.8, 3.3, theme) as (figure, ax, colours):
-        for row, shown, latency in points:
-            _point(ax, row, _scaled(metric, shown), latency, colours)
-        _, unit = words.scale(metric, points[0][1])
-        ax.set_xlabel(f"latency p50, ms ({words.condition(threads, batch)})")
+        tied = sorted((p.x[0], p.shown[1]) for p in points if p.row.name in front)
+        if len(tied) > 1:
+            x, y = zip(*tied, strict=True)
+            ax.plot(x, y, color=colours.muted, lw=1, ls=(0, (4, 2)), zorder=1)
+        for point in points:
+            _point(ax, point, colours)
+        _, unit = words.scale(metric, points[0].row.metrics[metric])
+        ax.set_xlabel(label)
         ax.set_ylabel(f"{metric}, {unit}" if unit else metric)
         ax.margins(0.14, 0.16)
-        spread = [latency.p50_ms for _, _, latency in points]
+        spread = [point.x[0] for point in points]
         if max(spread) > 4 * min(spread) > 0:
-            _log_ticks(ax, min(spread), max(latency.p90_ms for _, _, latency in points))
-        _stage_legend(figure, [row for row, _, _ in points], colours)
-        _name_points(figure, ax, points, metric, colours)
+            _log_ticks(ax, min(spread), max(point.x[1] for point in points))
+        _stage_legend(figure, [point.row for point in points], colours)
+        _name_points(figure, ax, points, colours)
         return to_svg(figure)
 
 
@@ -107,17 +161,16 @@ def _scaled(metric: str, shown: Figure) -> tuple[float, float, float]:
     return low * factor, shown.value * factor, high * factor
 
 
-def _point(
-    ax: Axes, row: Row, shown: tuple[float, float, float], latency: Latency, colours: Palette
-) -> None:
-    hue, mark = _MARKS[row.stage]
+def _point(ax: Axes, point: Point, colours: Palette) -> None:
+    hue, mark = _MARKS[point.row.stage]
     colour = colours.hues[hue]
-    low, value, high = shown
-    ax.plot([latency.p50_ms, latency.p90_ms], [value, value], color=colour, lw=1, alpha=0.55)
-    ax.plot([latency.p50_ms] * 2, [low, high], color=colour, lw=1.6, solid_capstyle="butt")
-    ax.plot(
-        [latency.p50_ms], [value], mark, ms=7, color=colour, mec=colours.ground, mew=0.8, zorder=3
-    )
+    low, value, high = point.shown
+    x = point.x[0]
+    if point.named:
+        ax.plot(point.x, [value, value], color=colour, lw=1, alpha=0.55)
+        ax.plot([x, x], [low, high], color=colour, lw=1.6, solid_capstyle="butt")
+    size = 7 if point.named else 5
+    ax.plot([x], [value], mark, ms=size, color=colour, mec=colours.ground, mew=0.8, zorder=3)
 
 
 def _log_ticks(ax: Axes, low: float, high: float) -> None:
@@ -148,8 +201,7 @@ def _stage_legend(figure: Canvas, rows: Sequence[Row], colours: Palette) -> None
 def _name_points(
     figure: Canvas,
     ax: Axes,
-    points: Sequence[tuple[Row, Figure, Latency]],
-    metric: str,
+    points: Sequence[Point],
     colours: Palette,
 ) -> None:
     figure.draw_without_rendering()  # settles the layout and the limits, so that extents hold
@@ -160,17 +212,19 @@ def _name_points(
         return float(px), float(py)
 
     marks, obstacles = [], []
-    for _, shown, latency in points:
-        low, value, high = _scaled(metric, shown)
-        x, y = on_page(latency.p50_ms, value)
-        marks.append((x, y))
-        bottom, top = on_page(latency.p50_ms, low)[1], on_page(latency.p50_ms, high)[1]
-        right = on_page(latency.p90_ms, value)[0]
+    for point in points:
+        low, value, high = point.shown
+        x, y = on_page(point.x[0], value)
+        if point.named:
+            marks.append((x, y))
+        bottom, top = on_page(point.x[0], low)[1], on_page(point.x[0], high)[1]
+        right = on_page(point.x[1], value)[0]
         obstacles += [(x - 5, y - 5, x + 5, y + 5), (x - 2, bottom, x + 2, top)]
         obstacles.append((x, y - 1.5, right + 3, y + 1.5))
     texts = [
-        ax.text(0, 0, words.short(row.name), parse_math=False, fontsize=8.5, transform=None)
-        for row, _, _ in points
+        ax.text(0, 0, words.short(p.row.name), parse_math=False, fontsize=8.5, transform=None)
+        for p in points
+        if p.named
     ]
     extents = [text.get_window_extent() for text in texts]
     area = ax.bbox

@@ -10,7 +10,7 @@ from importlib import resources
 from itertools import groupby
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from slimfuse.report import words
@@ -36,10 +36,11 @@ class Drawn:
 def render_html(report: Report) -> str:
     """Return the report as one self-contained page; every text of the user is escaped."""
     plots = _plots(report)
-    return _template().render(
+    return page(
+        "template.html.j2",
         report=report,
-        words=words,
-        style=Markup(_text("style.css")),  # noqa: S704  # our own file, no user's text
+        kind="report",
+        measured_in="run",
         clauses=verdict(report).split(" · "),
         base=reference(report),
         metrics=words.metric_order(report.rows, report.metric),
@@ -83,19 +84,26 @@ def _scalar(value: Any) -> str:
     return {"": '""'}.get(str(value), str(value)) if value != {} else "{}"
 
 
+def page(name: str, **values: Any) -> str:
+    """Return a template of this folder with its values; texts are escaped, the style is inside."""
+    style = Markup(_text("style.css"))  # noqa: S704  # our own file, no user's text
+    return _environment().get_template(name).render(words=words, style=style, **values)
+
+
 @cache
-def _template() -> Template:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_text("template.html.j2"))
+def _environment() -> Environment:
+    return Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=FunctionLoader(_text),
+    )  # fmt: skip
 
 
 def _text(name: str) -> str:
     return resources.files("slimfuse.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _drawn(title: str, caption: str, alt: str, svgs: dict[Theme, str]) -> Drawn:
+def drawn(title: str, caption: str, alt: str, svgs: dict[Theme, str]) -> Drawn:
+    """Return a picture for a page, from its <svg> in both themes."""
     box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svgs["light"])
     assert box is not None
     uris = {
@@ -114,7 +122,7 @@ def _groups(pictures: tuple[Picture, ...]) -> list[tuple[str, list[Drawn]]]:
         (
             group,
             [
-                _drawn(
+                drawn(
                     p.title,
                     p.caption,
                     p.alt or f"{p.kind}: {p.title}",
@@ -152,7 +160,7 @@ def _plots(report: Report) -> list[Drawn]:
             for row, shown, x in points
         )
         out.append(
-            _drawn(
+            drawn(
                 f"{metric.capitalize()} against latency, {where}",
                 f"{better} and to the left is better. The upright bar is the 95 % interval of "
                 f"{metric}, the level one runs from the p50 to the p90 latency.",

@@ -91,12 +91,17 @@ class Speedup:
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate of the recipe and what was measured for it, both ready to read."""
+    """One gate of the recipe and what was measured for it, both ready to read.
+
+    missing: by how much it failed, 0 where it held: of the task's metric, else a share of the
+    limit.
+    """
 
     metric: str
     rule: str
     measured: str
     passed: bool
+    missing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -214,8 +219,8 @@ class Report:
         return _ordered({(s.threads, s.batch) for s in self.speedups})
 
 
-def to_json(report: Report) -> str:
-    """Return `report.json`: sorted keys, every figure finite.
+def to_json(report: object, schema: str = SCHEMA) -> str:
+    """Return `report.json`, or another page's figures: sorted keys, every one finite.
 
     Raises: SlimfuseError naming each figure that is NaN or infinite.
     """
@@ -229,7 +234,7 @@ def to_json(report: Report) -> str:
         )
     return (
         json.dumps(
-            {"schema": SCHEMA, **data},
+            {"schema": schema, **data},
             indent=1,
             sort_keys=True,
             allow_nan=False,

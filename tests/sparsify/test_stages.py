@@ -20,7 +20,8 @@ from slimfuse.errors import ParentError, ShapeError, UserError
 from slimfuse.families import ViT
 from slimfuse.finetune import loop
 from slimfuse.pipeline import plan, sparse, tuning
-from slimfuse.pipeline.run import _prepared, _stages
+from slimfuse.pipeline.making import stages_of
+from slimfuse.pipeline.run import prepared
 from slimfuse.pipeline.sparse import RECORD, Thinned, Thinning, loss_of, recovery_steps
 from slimfuse.recipe.loading import load_located
 from slimfuse.saliency import sparsify as driver
@@ -34,8 +35,8 @@ KEPT: dict[str, Any] = {"fuse": {"method": "keep"}, "target": {}}
 
 
 def opened(path: Path, out: Path, *overrides: str) -> Any:
-    job = _prepared(load_located(path, overrides), path)
-    return _stages(job, Store(out))
+    job = prepared(load_located(path, overrides), path)
+    return stages_of(job, Store(out))
 
 
 def thinned(stages: Any, scorer: str | None = None) -> Thinned:

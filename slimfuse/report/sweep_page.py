@@ -1,0 +1,144 @@
+"""A sweep as one HTML page and as a table in the terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from slimfuse.report import words
+from slimfuse.report._canvas import Theme
+from slimfuse.report.figures import accuracy_latency, accuracy_size
+from slimfuse.report.html import Drawn, drawn, page
+from slimfuse.report.rows import Row
+from slimfuse.report.sweep_rows import Candidate, SweepReport
+
+THEMES: tuple[Theme, ...] = ("light", "dark")
+
+
+def render_sweep(report: SweepReport) -> str:
+    """Return the sweep as one self-contained page; every text of the user is escaped."""
+    metrics = [report.metric]
+    return page(
+        "sweep.html.j2",
+        report=report,
+        kind="sweep",
+        measured_in="sweep",
+        where=words.condition(report.threads, report.batch),
+        metrics=metrics,
+        base=next(row for row in report.parents if row.name == report.base),
+        plots=_plots(report),
+        ratios={(s.base, s.other): s for s in report.ratios},
+        gated=any(candidate.gates for candidate in report.candidates),
+        environment=sorted(report.environment.items()),
+        timings=sorted(report.timings.items(), key=lambda item: (-item[1], item[0])),
+        total=sum(report.timings.values()),
+    )
+
+
+def _plots(report: SweepReport) -> list[Drawn]:
+    metric, points = report.metric, report.points
+    front = [c.name for c in report.candidates if c.front]
+    named = {*(row.name for row in report.parents), *(c.name for c in report.candidates)}
+    unnamed = [row.name for row in points if row.name not in named]
+    where = words.condition(report.threads, report.batch)
+    better = "down" if words.lower_is_better(metric) else "up"
+    bars = f"The upright bar is the 95 % interval of {metric}"
+    tied = "The dashed line ties the candidates that no other one beats (the Pareto front)"
+    small = "; small marks without a name are baselines, at the latency of their candidate's shape"
+    by_time = {
+        theme: accuracy_latency(
+            points, report.threads, report.batch, metric=metric, theme=theme, front=front,
+            unnamed=unnamed,
+        )
+        for theme in THEMES
+    }  # fmt: skip
+    by_size = {
+        theme: accuracy_size(points, metric=metric, theme=theme, front=front, unnamed=unnamed)
+        for theme in THEMES
+    }
+    return [
+        drawn(
+            f"{metric.capitalize()} against latency, {where}",
+            f"{better.capitalize()} and to the left is better. {bars}, the level one runs from the "
+            f"p50 to the p90 latency. {tied}{small if unnamed else ''}.",
+            f"Scatter plot of {metric} against p50 latency at {where}: {_seen(report, 'time')}.",
+            by_time,
+        ),
+        drawn(
+            f"{metric.capitalize()} against size",
+            f"{better.capitalize()} and to the left is better. {bars}. {tied}.",
+            f"Scatter plot of {metric} against parameters: {_seen(report, 'size')}.",
+            by_size,
+        ),
+    ]
+
+
+def _seen(report: SweepReport, what: str) -> str:
+    rows = [*((row.name, row) for row in report.parents)]
+    rows += [(candidate.name, candidate.row) for candidate in report.candidates]
+    return "; ".join(
+        f"{name} {words.measured(report.metric, row.metrics[report.metric])} at "
+        + (f"{_p50(report, row)} ms" if what == "time" else f"{words.count(row.params)} parameters")
+        for name, row in rows
+    )
+
+
+def sweep_table(report: SweepReport, *, width: int | None = None) -> Table:
+    """Return one line per candidate after the parents: quality, size, p50 latency, speed-up.
+
+    width: of the terminal; below 100 the columns stand closer. Every cell is a `Text`: a name such
+    as "[bold]" is shown, never read as markup.
+    """
+    table = Table(title=Text(report.name), box=box.SIMPLE_HEAD, title_justify="left")
+    table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
+    if width is not None and width < 100:
+        table.padding = (0, 0)
+    gated = any(candidate.gates for candidate in report.candidates)
+    _, unit = words.scale(report.metric, report.candidates[0].row.metrics[report.metric])
+    table.caption = Text(
+        "± half of the 95 % interval · p50 in ms at "
+        f"{words.condition(report.threads, report.batch)}, ONNX, all timed in turns\n"
+        f"speed-up over {report.base}, with its 95 % interval · front: no other candidate is better"
+    )
+    table.caption_justify = "left"
+    table.add_column(Text("candidate"), overflow="fold", min_width=8)
+    table.add_column(Text(f"{report.metric} {unit}".strip()), justify="right", min_width=10)
+    for name in ("params", "size", "p50"):
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    table.add_column(Text("speed-up"), justify="right", min_width=9)
+    if gated:
+        table.add_column(Text("gates"))
+    table.add_column(Text(""), min_width=5)
+    for row in report.parents:
+        told = "base" if row.name == report.base else "–"
+        table.add_row(*map(Text, _cells(report, row.name, row, told, *[""] * gated, "parent")))
+    for one in report.candidates:
+        speed = one.speedup
+        told = f"{speed.ratio:.2f}× {speed.low:.2f}–{speed.high:.2f}" if speed else "–"
+        gates = [("passed" if one.passed else "FAILED")] * gated
+        table.add_row(
+            *map(Text, _cells(report, one.name, one.row, told, *gates, mark(report, one)))
+        )
+    return table
+
+
+def mark(report: SweepReport, candidate: Candidate) -> str:
+    """Return what a candidate is in a sweep, in a few words."""
+    told = ["pick"] * (candidate.name == report.picked)
+    told += ["nearest"] * (candidate.name == report.nearest)
+    told += ["front"] * candidate.front
+    return ", ".join(told)
+
+
+def _cells(report: SweepReport, name: str, row: Row, *more: str) -> list[str]:
+    quality = words.plus_minus(report.metric, row.metrics[report.metric])
+    size = [words.count(row.params), words.size(row.bytes)]
+    return [name, quality, *size, _p50(report, row), *more]
+
+
+def _p50(report: SweepReport, row: Row) -> str:
+    found = row.at(report.threads, report.batch)
+    if found is None:
+        return "–"
+    return words.number(found.p50_ms) + ("~" if found.noisy else "")
