@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import random
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from tiny_run import die, events, folder_bytes, in_child, was_killed
 
 from slimfuse.finetune import loop
+from slimfuse.moments import Moments
 from slimfuse.pipeline import Run, compress, package
 from slimfuse.pipeline import run as story
 from slimfuse.store import MANIFEST, Store
@@ -194,3 +198,74 @@ def test_an_interrupted_run_goes_on(
     assert (weights / "model.safetensors").read_bytes() == (
         finished.model / "model.safetensors"
     ).read_bytes()
+
+
+def calls(owner: Any, name: str, kill_at: int) -> Callable[[], None]:
+    """Return what lets a process die at the n-th call of a function, counted from 1."""
+
+    def arm() -> None:
+        count = itertools.count(1)
+
+        def check(*_: Any, **__: Any) -> None:
+            if next(count) == kill_at:
+                die()
+
+        patch(owner, name, check)
+
+    return arm
+
+
+def after(stage: str, seconds: float) -> Callable[[], None]:
+    """Return what lets a process die some time after a stage has begun, wherever it then is."""
+
+    def arm() -> None:
+        def begin(_store: Store, name: str, event: str, **_more: Any) -> None:
+            if (name, event) == (stage, "start"):
+                signal.signal(signal.SIGALRM, lambda *_: die())
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+            elif name == stage:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+        patch(Store, "log", begin)
+
+    return arm
+
+
+STEPS, PASSES = 10, 14  # of the tiny run: of its finetuning, and of sums while it is fused
+
+
+def test_killed_five_times_each_while_fusing_finetuning_and_exporting(
+    run: Callable[..., int], finished: Run, tmp_path: Path
+) -> None:
+    draw, root = random.Random(0), tmp_path / "run"
+    loop.CHECKPOINT_SECONDS = 60.0  # as users have it
+    for point in sorted(draw.sample(range(1, PASSES), 5)):
+        assert was_killed(run(calls(Moments, "update", point)))
+    assert events(root, "start").count("fused") == 5 and "fused" not in events(root, "done")
+    for point in sorted(draw.sample(range(1, STEPS + 1), 5)):
+        target = draw.choice(["_gradients", "watch"])  # amid a step, or behind it
+        assert was_killed(run(armed_from("finetuned", loop._Run, target, point)))
+    assert "finetuned" not in events(root, "done")
+    seconds = json.loads(
+        next((finished.folder / "stages").glob("onnx-child-*" + f"/{MANIFEST}")).read_text()
+    )["seconds"]
+    killed = 0
+    for share in sorted(draw.random() for _ in range(5)):
+        killed += was_killed(run(after("onnx-child", share * seconds)))
+    assert killed  # the others were faster than their time
+    assert run() == 0
+    assert folder_bytes(root / "model") == folder_bytes(finished.model)
+    assert not list(root.rglob("*.partial"))
+
+
+def armed_from(stage: str, owner: Any, name: str, kill_at: int) -> Callable[[], None]:
+    """Return what lets a process die at the n-th call of a function behind a stage's start."""
+
+    def arm() -> None:
+        def begin(_store: Store, begun: str, event: str, **_more: Any) -> None:
+            if (begun, event) == (stage, "start"):
+                calls(owner, name, kill_at)()
+
+        patch(Store, "log", begin)
+
+    return arm
