@@ -96,7 +96,7 @@ class BaseStages(ABC):
                 begin(model, parent.start)
             self.train(model, train, folder, parent)
 
-        stage = self.store.stage(f"parent-{parent.name}", inputs, build)
+        stage = self.store.stage(f"parent-{parent.name}", inputs, build, together=True)
         return stage.path, stage.key
 
     def _aligned(self, parent: ParentJob, key: str) -> tuple[Path, str]:
@@ -167,10 +167,12 @@ class BaseStages(ABC):
             what = f"finetuning {'the child' if kind == 'fused' else kind}"
             losses = self.tuning.run(model, folder / CHECKPOINT, what, kind=kind)
             self.save(model, folder)
-            save_losses(losses, folder)
+            if self.store.team.main:
+                save_losses(losses, folder)
 
         name = "finetuned" if kind == "fused" else f"finetuned-{kind}"
-        return self.store.stage(name, self.base | {"start": start.key} | self.tuning.inputs, build)
+        inputs = self.base | {"start": start.key} | self.tuning.inputs
+        return self.store.stage(name, inputs, build, together=True)
 
     def evidence(self, stage: Stage) -> Evidence:
         """Return what a stage's model says of the test set, through torch."""
@@ -223,9 +225,10 @@ class BaseStages(ABC):
         return ask(answers_of(model, task.output), task, self.samples(part), what=what)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write a model and its preprocessor."""
-        self.job.family.save(model, folder)
-        self.job.task.save(self.job.processor, folder)
+        """Write a model and its preprocessor, from the main process."""
+        if self.store.team.main:
+            self.job.family.save(model, folder)
+            self.job.task.save(self.job.processor, folder)
 
 
 class Stages(BaseStages):
