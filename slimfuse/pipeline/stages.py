@@ -29,11 +29,12 @@ from slimfuse.pipeline.common import BaseJob, ParentJob, Part
 from slimfuse.pipeline.fusion_record import STREAMS_FILE, save_fusion
 from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.labelling import training_split
-from slimfuse.pipeline.starts import METHODS, STREAMS, Ingredients
+from slimfuse.pipeline.starts import METHODS, SHARED, STREAMS, Ingredients
 from slimfuse.pipeline.teaching import Teaching, spread
 from slimfuse.pipeline.tuning import Tuning
 from slimfuse.pipeline.vocabularies import align
 from slimfuse.recipe import Training
+from slimfuse.saliency.parallel import Processes
 from slimfuse.store import CHECKPOINT, KEY_LENGTH, Stage, Store, digest
 from slimfuse.tasks import Augmentation, Evidence, Measured, Samples, answers_of, ask
 
@@ -269,6 +270,7 @@ class Stages(BaseStages):
         if method != "random":
             inputs["parents"] = [[p.name, p.weight, key, p.places] for p, _, key in parents]
         inputs["seed"] = recipe.runtime.seed
+        team, together = self.store.team, (method, recipe.fuse.method) in SHARED
 
         def build(folder: Path) -> None:
             torch.manual_seed(recipe.runtime.seed)
@@ -289,18 +291,20 @@ class Stages(BaseStages):
                 own=recipe.fuse.method,
                 scratch=folder,
                 seed=recipe.runtime.seed,
+                ranks=team.ranks if together else Processes(),
             )
             record = METHODS[method](given)
             maps = record.pop(STREAMS, None)
-            if maps is not None:
+            if maps is not None and team.main:
                 save_file(maps, folder / STREAMS_FILE)
             told = getattr(loaded[0].model, "generation_config", None) if loaded else None
             if told is not None:
                 model.generation_config = copy.deepcopy(told)
-            save_fusion(record | {"method": method}, folder)
+            if team.main:
+                save_fusion(record | {"method": method}, folder)
             self.save(model, folder)
 
-        return self.store.stage(kind, inputs, build)
+        return self.store.stage(kind, inputs, build, together=together)
 
 
 def save_losses(losses: Sequence[float], folder: Path) -> None:

@@ -51,9 +51,7 @@ def vit() -> nn.Module:
 def learn() -> Loss:
     x = torch.randn(SAMPLES, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(SAMPLES) % 7
-    return labels_loss(
-        ImageClassification(), lambda i: (Batch({"pixel_values": x[i]}), labels[i])
-    )
+    return labels_loss(ImageClassification(), lambda i: (Batch({"pixel_values": x[i]}), labels[i]))
 
 
 def train(
@@ -215,6 +213,7 @@ def test_every_process_got_to_its_end(ran: Path) -> None:
 
 
 # -- FSDP2 --------------------------------------------------------------------------------
+
 
 def fsdp2(accelerator: Accelerator, root: Path) -> None:
     """Accelerate spreads weights on cards only: its state is told that these are some."""

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from ranks import RANKS, start
+from safetensors.torch import load_file, save_file
 from saliency.asked import asked_vit
 from saliency.small_nets import Pair, loss, mlp, pairs, singles
 from torch import Tensor, nn
