@@ -22,7 +22,6 @@ from slimfuse.progress import console
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.distributed import TCPStore
 
     from slimfuse.saliency.parallel import Processes
 
@@ -234,12 +233,13 @@ def spoken() -> None:
             _store().set(SPOKEN, "")
 
 
-def _store() -> TCPStore:
+def _store() -> Any:
     """Return the launcher's store, which outlives what goes wrong between the processes."""
     import torch
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch.distributed.TCPStore(host, port, is_master=False, timeout=HEARING)
+    kind: Any = torch.distributed.TCPStore  # type: ignore[attr-defined]
+    return kind(host, port, is_master=False, timeout=HEARING)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from ranks import RANKS, start
 from safetensors.torch import load_file
 from tiny_run import RECIPE, die, events, recipe, write_recipe
@@ -278,3 +280,15 @@ def until(holds: Callable[[], bool]) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("it never came to that")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_accelerate_reads_the_shipped_configs(name: str) -> None:
+    file = ROOT / "docs" / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(file))  # raises for a key that it doesn't know
+    assert config.num_processes > 1 and config.mixed_precision == "no" and not config.use_cpu
+    known = launch_command_parser().parse_args(["--config_file", str(file), "x"])
+    for key, value in (config.fsdp_config or {}).items():
+        assert hasattr(known, key), f"accelerate launch has no --{key}"
+        assert (key, value) != ("fsdp_cpu_ram_efficient_loading", True)
+    assert (name == "fsdp2") == (config.distributed_type == "FSDP")

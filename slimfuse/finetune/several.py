@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,7 +49,7 @@ def spreads(accelerator: Accelerator, *, zeros: bool) -> bool:
                 hint=hint,
             )
         return False
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if not accelerator.is_fsdp2:
         raise UserError(
             "this way to train in several processes isn't known here",

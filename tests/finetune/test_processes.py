@@ -28,10 +28,10 @@ from slimfuse.families import ViT
 from slimfuse.finetune import loop, several
 from slimfuse.finetune.checkpoint import Progress
 from slimfuse.finetune.distill import labels_loss
-from slimfuse.finetune.interrupt import terminate
 from slimfuse.finetune.loop import Loss, fit
 from slimfuse.finetune.schedule import Schedule
 from slimfuse.finetune.validate import Validation
+from slimfuse.interrupt import terminate
 from slimfuse.tasks import ImageClassification
 
 SAMPLES, STEPS, FEW, HALF = 37, 20, 9, 5
