@@ -61,7 +61,7 @@ class Store:
 
     def __init__(self, root: Path, among: Store | None = None, team: Team = ALONE) -> None:
         self.root = root
-        self.team = team if among is None else among.team
+        self.team: Team = team if among is None else among.team
         self.stages: Path = root / "stages" if among is None else among.stages
         # by key: files are hashed once a process
         self._checked: dict[str, Stage] = {} if among is None else among._checked
