@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from slimfuse.errors import SlimfuseError, Terminated, UserError
 from slimfuse.interrupt import terminate
+from slimfuse.processes import Ended, ended_by_sigterm, main_speaks, spoken, take_leave
 from slimfuse.progress import console, working
 
 if TYPE_CHECKING:
@@ -353,36 +354,47 @@ def recipe_schema() -> None:
 def main() -> None:
     """Run the command line; every error ends in one message and an exit code.
 
-    0 done, 1 internal fault, 2 bad input, 3 a check or gate failed, 130 interrupted, 143 told to
-    end by SIGTERM.
+    0 done, 1 internal fault, 2 bad input, 3 a check or gate failed, 130 interrupted, 143 ended by
+    SIGTERM. In several processes the message comes once, and the code from all.
     """
-    signal.signal(signal.SIGTERM, terminate)
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    command = typer.main.get_command(app)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        command.main(arguments, prog_name="slimfuse")
-        code = 0
+        code, said = take_leave(*_ended(arguments, debug))
+        if said:
+            console.quiet = False
+            console.print(said, soft_wrap=True)
+            spoken()
+    finally:
+        if signal.getsignal(signal.SIGTERM) is terminate:
+            signal.signal(signal.SIGTERM, before)
+    sys.exit(code)
+
+
+def _ended(arguments: list[str], debug: bool) -> tuple[int, str | None]:
+    """Run a command and return its exit code and what is left to say, see `take_leave`."""
+    try:
+        with main_speaks():
+            typer.main.get_command(app).main(arguments, prog_name="slimfuse")
+        return 0, ""
     except SystemExit as done:  # typer's way to end, by an interruption too
         code = done.code if isinstance(done.code, int) else 0
-        if code == INTERRUPTED:
-            console.print("interrupted: run the same command again to go on from here")
-    except Terminated as told:
-        console.print("told to end: run the same command again to go on from here")
-        code = told.exit_code
+        again = "interrupted: run the same command again to go on from here"
+        return code, again if code == INTERRUPTED else ""
+    except Terminated as ended:
+        return ended.exit_code, ended_by_sigterm()
+    except Ended as ended:
+        return ended.exit_code, None
     except _expected() as error:
         _trace(debug)
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        code = int(error.exit_code)
+        return int(error.exit_code), f"[bold red]error:[/] {escape(str(error))}"
     except Exception as error:
         _trace(debug)
-        console.print(
+        return 1, (
             f"[bold red]internal fault:[/] {escape(f'{type(error).__name__}: {error}')}\n"
-            "  next:    run the same command with --debug and report what it prints",
-            soft_wrap=True,
+            "  next:    run the same command with --debug and report what it prints"
         )
-        code = 1
-    sys.exit(code)
 
 
 def _expected() -> tuple[type[Any], ...]:

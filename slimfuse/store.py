@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from slimfuse.errors import StorageError
+from slimfuse.processes import ALONE, Team
 
 MANIFEST = "manifest.json"
 LOCK, LOG = "recipe.lock.yaml", "log.jsonl"
@@ -53,12 +54,14 @@ class Store:
 
     A stage is built in `stages/NAME-KEY.partial` and renamed when it is whole, so a folder
     without that suffix is finished by construction. Of what a killed run left in the partial
-    folder only checkpoints stay for the next one, which may go on from them.
+    folder only checkpoints stay for the next one, which may go on from them. In several processes
+    (`team`) the main one writes, and all have to ask for the same stages in the same order.
     among: a store whose stages this one shares; its results are its own.
     """
 
-    def __init__(self, root: Path, among: Store | None = None) -> None:
+    def __init__(self, root: Path, among: Store | None = None, team: Team = ALONE) -> None:
         self.root = root
+        self.team: Team = team if among is None else among.team
         self.stages: Path = root / "stages" if among is None else among.stages
         # by key: files are hashed once a process
         self._checked: dict[str, Stage] = {} if among is None else among._checked
@@ -79,40 +82,40 @@ class Store:
                 hint="choose another folder with --out",
             )
 
-    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Stage:
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        build: Callable[[Path], None],
+        *,
+        together: bool = False,
+    ) -> Stage:
         """Return the stage made from `inputs`, calling `build(folder)` unless it exists.
 
-        inputs: JSON values; together with the name they are the stage's address.
+        inputs: JSON values; together with the name they are the stage's address. together: whether
+        all processes build, of which only the main one may write into the folder.
         """
         key = digest({"stage": name, **inputs})[:KEY_LENGTH]
         if key in self._checked:
             return self._use(self._checked[key])
         final = self.stages / f"{name}-{key}"
-        manifest = self._manifest(final)
+        manifest = self.team.told(lambda: self._manifest(final))
         if manifest is None:
-            start = time.monotonic()
+            making = _Making(self, name, key, inputs, final)
             with writing(self.stages.parent):
-                partial = _emptied(final.with_name(final.name + ".partial"), keep=CHECKPOINTS)
-                self.log(name, "start", key=key)
-                build(partial)
-                checkpoints = list(partial.glob(CHECKPOINTS))
-                files = {
-                    f.relative_to(partial).as_posix(): file_digest(f)
-                    for f in _files(partial)
-                    if f not in checkpoints
-                }
-                seconds = round(time.monotonic() - start, 3)
-                manifest = {"inputs": inputs, "files": files, "seconds": seconds}
-                write_text(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-                _sync(partial)
-                for file in checkpoints:
-                    file.unlink()  # so late: a kill loses no training
-                partial.rename(final)
-            self.log(name, "done", key=key, seconds=seconds)
+                if together:
+                    self.team.told(making.begin)
+                    build(making.partial)
+                    self.team.wait()
+                    manifest = self.team.told(making.finish)
+                else:
+                    manifest = self.team.told(lambda: making.whole(build))
+            self.log(name, "done", key=key, seconds=manifest["seconds"])
         else:
             self.log(name, "cached", key=key)
         stage = Stage(name, key, final, manifest["files"], float(manifest["seconds"]))
-        self._checked[key] = stage
+        if self.team.size == 1 or not self.team.alone:  # the others know of it, too
+            self._checked[key] = stage
         return self._use(stage)
 
     def _use(self, stage: Stage) -> Stage:
@@ -188,28 +191,75 @@ class Store:
 
     def log(self, stage: str, event: str, **more: Any) -> None:
         """Append one event to log.jsonl."""
+        if not self.team.main:
+            return
         line = {"time": round(time.time(), 3), "stage": stage, "event": event, **more}
         with writing(self.root), (self.root / LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run folder; raises StorageError when another process does."""
+        """Hold the run folder; raises StorageError when another run does."""
+        held: list[FileLock] = []
+        self.team.told(lambda: held.append(self._acquired()))
+        try:
+            yield
+        finally:
+            for lock in held:
+                lock.release()
+
+    def _acquired(self) -> FileLock:
         with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-            held = FileLock(self.root / ".lock")
+            lock = FileLock(self.root / ".lock")
             try:
-                held.acquire(timeout=0)
+                lock.acquire(timeout=0)
             except Timeout as error:
                 raise StorageError(
                     "another slimfuse process works in this run folder",
                     where=str(self.root),
                     hint="wait for it, or choose another folder with --out",
                 ) from error
-        try:
-            yield
-        finally:
-            held.release()
+        return lock
+
+
+class _Making:
+    """A stage on its way: begun in a partial folder, finished under its name."""
+
+    def __init__(
+        self, store: Store, name: str, key: str, inputs: Mapping[str, Any], final: Path
+    ) -> None:
+        self.store, self.name, self.key, self.inputs, self.final = store, name, key, inputs, final
+        self.partial = final.with_name(final.name + ".partial")
+        self.start = time.monotonic()
+
+    def begin(self) -> None:
+        """Make the partial folder."""
+        _emptied(self.partial, keep=CHECKPOINTS)
+        self.store.log(self.name, "start", key=self.key)
+
+    def finish(self) -> dict[str, Any]:
+        """Give the stage its name and return its manifest."""
+        checkpoints = list(self.partial.glob(CHECKPOINTS))
+        files = {
+            f.relative_to(self.partial).as_posix(): file_digest(f)
+            for f in _files(self.partial)
+            if f not in checkpoints
+        }
+        seconds = round(time.monotonic() - self.start, 3)
+        manifest = {"inputs": self.inputs, "files": files, "seconds": seconds}
+        write_text(self.partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        _sync(self.partial)
+        for file in checkpoints:
+            file.unlink()  # so late: a kill loses no training
+        self.partial.rename(self.final)
+        return manifest
+
+    def whole(self, build: Callable[[Path], None]) -> dict[str, Any]:
+        """Make the stage in one go."""
+        self.begin()
+        build(self.partial)
+        return self.finish()
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from slimfuse.finetune.several import like, whole
+
 
 @dataclass
 class Progress:
@@ -62,19 +64,24 @@ def save(
     optimizer: torch.optim.Optimizer,
     average: AveragedModel | None,
     progress: Progress,
+    *,
+    write: bool = True,
 ) -> None:
-    """Write a training's state.
+    """Write a training's state, the same file however many processes train.
+
+    write: whether this process does; where tensors are spread over all, all have to call.
 
     The order of the samples and the random numbers of a step follow from the seed and the step,
     and its rate from the step and the halvings: so the number of steps stands for the sampler,
     the generators and the schedule.
     """
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors = {f"model.{k}": whole(v) for k, v in model.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        tensors |= {f"optimizer.{i}.{k}": whole(v) for k, v in state.items()}
     if average is not None:
-        tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    write_tensors(tensors | progress.tensors(), path)
+        tensors |= {f"average.{k}": whole(v) for k, v in average.state_dict().items()}
+    if write:
+        write_tensors(tensors | progress.tensors(), path)
 
 
 def restore(
@@ -84,20 +91,26 @@ def restore(
     try:
         tensors = load_file(path)
     except SafetensorError:  # start over rather than stop
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may have been faster
         return Progress()
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-    model.load_state_dict(part("model."))
+    _load(model, part("model."))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in part("optimizer.").items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(int(index), {})[name] = like(value, parameters[int(index)])
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
     if average is not None:
-        average.load_state_dict(part("average."))
+        _load(average, part("average."))
     return Progress.of(tensors)
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    model.load_state_dict({k: like(v, own.get(k, v)) for k, v in tensors.items()})

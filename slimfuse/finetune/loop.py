@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from slimfuse.errors import SlimfuseError
 from slimfuse.finetune.checkpoint import Progress, restore, save
 from slimfuse.finetune.schedule import Schedule, batch_indices, parameter_groups
+from slimfuse.finetune.several import (
+    check_same_step,
+    freeze_unused,
+    spread_average,
+    spreads,
+    strides_may_differ,
+    whole,
+)
 from slimfuse.finetune.validate import Validation
 from slimfuse.interrupt import Held, held
 from slimfuse.progress import Tracker, console, track
@@ -92,7 +101,8 @@ def fit(
     A step whose loss or gradient is not finite changes nothing; the second one in a row and all
     that follow it halve the rate for good, and the sixth raises SlimfuseError.
     In several processes of an accelerate or torchrun launch each sees its share of every step, and
-    the main one writes.
+    the main one writes; all have to see one checkpoint. FSDP2 trains a spread copy, whose whole
+    weights the model has in the end.
     """
     run = _Run(model, loss, samples, schedule, precision, checkpoint, what, lengths, zeros,
                validation, log)  # fmt: skip
@@ -129,13 +139,18 @@ class _Run:
     buffers: list[Tensor] = field(default_factory=list)  # those from before an unfinished step
     seen: dict[str, float] = field(default_factory=dict)  # of the last step
     held_out: str = ""
+    unused: list[nn.Parameter] = field(default_factory=list)
+    met: bool = False  # whether all processes stand between the same two steps
     saved: float = 0.0
 
     def begin(self, blocks: Sequence[str], compiled: bool) -> None:
         """Make the optimizer, and go on from a checkpoint where there is one."""
         # autocast is ours: accelerate's own precision is fixed for the life of the process
         self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-        model, plan = self.model, self.schedule
+        self.spread = spreads(self.accelerator, zeros=self.zeros is not None)
+        self.several = self.accelerator.num_processes > 1
+        self.live = copy.deepcopy(self.model) if self.spread else self.model
+        model, plan = self.live, self.schedule
         model.to(self.accelerator.device)
         self.train_mode()
         if self.zeros is not None:
@@ -144,12 +159,19 @@ class _Run:
         optimizer = torch.optim.AdamW(groups, lr=plan.lr)
         if plan.ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(plan.ema))
+        if self.several and not self.spread:
+            few = self._share(self.indices(0).chunk(plan.accumulate)[0])[0]
+            self.unused = freeze_unused(self.accelerator, model, lambda: self.loss(model, few))
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.spread and self.average is not None:
+            spread_average(self.accelerator, self.average)
         if self.checkpoint.exists():
-            self.progress = restore(self.checkpoint, model, optimizer, self.average)
+            self.progress = restore(self.checkpoint, model, self.optimizer, self.average)
             if self.validation is not None:
                 self.validation.check(self.progress, self.best)
+        if self.several:
+            check_same_step(self.accelerator, len(self.progress.losses))
         self.hold = None if self.zeros is None else self.zeros.holding(model)
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         if compiled:
             self.wrapped = torch.compile(self.wrapped)
         self.saved = time.monotonic()
@@ -161,27 +183,31 @@ class _Run:
 
     def train_mode(self) -> None:
         """Put the model into training mode."""
-        self.model.train()
+        self.live.train()
         if not self.schedule.dropout:
-            _without_dropout(self.model)
+            _without_dropout(self.live)
+
+    def indices(self, number: int) -> Tensor:
+        """Return the samples of a step, counted from 0."""
+        plan = self.schedule
+        lengths = self.lengths if plan.by_length else None
+        return batch_indices(self.samples, number, plan.batch_size, plan.seed, lengths)
 
     def step(self) -> None:
         """Make one step, or leave one out whose loss or gradient isn't finite."""
         plan, progress, accelerator = self.schedule, self.progress, self.accelerator
         number = len(progress.losses)
-        self.buffers = [buffer.clone() for buffer in self.model.buffers()]
-        indices = batch_indices(
-            self.samples, number, plan.batch_size, plan.seed,
-            self.lengths if plan.by_length else None,
-        )  # fmt: skip
+        self.buffers = [buffer.clone() for buffer in self.live.buffers()]
+        indices = self.indices(number)
         rate = plan.lr * plan.factor(number) * 0.5**progress.halvings
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         torch.manual_seed(plan.seed * 1_000_003 + number + APART * accelerator.process_index)
-        value = self._gradients(indices)
+        with strides_may_differ() if self.several else contextlib.nullcontext():
+            value = self._gradients(indices)
         if self.zeros is not None:
-            self.zeros.apply_gradients(self.model)
-        norm = float(accelerator.clip_grad_norm_(self.wrapped.parameters(), plan.clip))
+            self.zeros.apply_gradients(self.live)
+        norm = float(whole(accelerator.clip_grad_norm_(self.wrapped.parameters(), plan.clip)))
         finite = math.isfinite(value) and math.isfinite(norm)
         self.updating = True
         if finite:
@@ -189,7 +215,7 @@ class _Run:
             if self.hold is not None:
                 self.hold()
             if self.average is not None:
-                self.average.update_parameters(self.model)
+                self.average.update_parameters(self.live)
         else:
             self._put_back()
         self.optimizer.zero_grad()
@@ -204,7 +230,7 @@ class _Run:
         parts = indices.chunk(self.schedule.accumulate)
         total = torch.zeros((), device=accelerator.device)
         for place, part in enumerate(parts):
-            own, share = _share(part, accelerator.process_index, accelerator.num_processes)
+            own, share = self._share(part)
             share *= len(part) / len(indices)
             last = place == len(parts) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
@@ -216,8 +242,19 @@ class _Run:
             total += value.detach() * share
         return float(accelerator.reduce(total, "mean"))
 
+    def _share(self, part: Tensor) -> tuple[Tensor, float]:
+        """Return the samples of a part that this process sees, and what their mean loss counts.
+
+        Gradients are averaged over processes, so that the shares' mean is one.
+        """
+        processes = self.accelerator.num_processes
+        if processes == 1:
+            return part, 1.0
+        own = part[self.accelerator.process_index :: processes]
+        return (own, len(own) * processes / len(part)) if len(own) else (part[:1], 0.0)
+
     def _put_back(self) -> None:
-        for buffer, before in zip(self.model.buffers(), self.buffers, strict=False):
+        for buffer, before in zip(self.live.buffers(), self.buffers, strict=False):
             buffer.copy_(before)
 
     def _count_bad(self, finite: bool) -> None:
@@ -244,10 +281,11 @@ class _Run:
         progress, number = self.progress, len(self.progress.losses)
         held_out = self.validation
         if held_out is not None and held_out.due(number, self.schedule.steps):
-            judged = self.model if self.average is None else self.average.module
+            judged = self.live if self.average is None else self.average.module
             judged.eval()
             with torch.no_grad():
-                value = held_out.judge(judged, number, progress, self.best)
+                main = self.accelerator.is_main_process
+                value = held_out.judge(judged, number, progress, self.best, write=main)
             self.train_mode()
             self.seen["validation"] = value
             self.held_out = f"{held_out.name} {value:.4g}"
@@ -255,26 +293,36 @@ class _Run:
             self.log(number, self.seen)
         words = (f"loss {self.seen['loss']:.3f}", self.held_out, f"rate {self.seen['rate']:.1e}")
         tell(number, ", ".join(word for word in words if word))
-        if time.monotonic() - self.saved >= CHECKPOINT_SECONDS:
+        due = time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+        if self._anywhere(due and self.accelerator.is_main_process) if self.spread else due:
             self.save()
 
     def obey(self, waiting: Held) -> None:
         """Raise a signal that has come to any process."""
-        others = False
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(bool(waiting.came)), device=self.accelerator.device)
-            others = bool(self.accelerator.reduce(flag, "sum") > 0)
+        others = self.several and self._anywhere(bool(waiting.came))
+        self.met = True
         waiting.obey(others=others)
+        self.met = False
+
+    def _anywhere(self, here: bool) -> bool:
+        """Return whether something holds in any process; all have to ask."""
+        flag = torch.tensor(float(here), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def save(self) -> None:
         """Write the checkpoint."""
-        if self.accelerator.is_main_process:
-            save(self.checkpoint, self.model, self.optimizer, self.average, self.progress)
+        main = self.accelerator.is_main_process
+        if main or self.spread:
+            save(self.checkpoint, self.live, self.optimizer, self.average, self.progress,
+                 write=main)  # fmt: skip
         self.saved = time.monotonic()
 
     def rescue(self) -> None:
-        """Save what is whole before the process ends; a half-made step is forgotten."""
-        if self.updating or not self.progress.losses:
+        """Save what is whole before the process ends; a half-made step is forgotten.
+
+        Spread weights are whole only where all processes have met.
+        """
+        if self.updating or not self.progress.losses or (self.spread and not self.met):
             return
         self._put_back()
         self.save()
@@ -283,23 +331,17 @@ class _Run:
 
     def finish(self) -> None:
         """Leave the model with the weights that training is for, in evaluation mode."""
-        if self.average is not None:
-            self.model.load_state_dict(self.average.module.state_dict())
+        last = self.live if self.average is None else self.average.module
+        if last is not self.model:
+            self.model.load_state_dict({k: whole(v) for k, v in last.state_dict().items()})
+        if self.several:
+            self.accelerator.free_memory()  # DDP's hooks, too
+        for parameter in self.unused:
+            parameter.requires_grad_(True)
         if self.validation is not None:
             self.accelerator.wait_for_everyone()
             self.validation.best_of(self.model, self.progress, self.best)
         self.model.eval()
-
-
-def _share(part: Tensor, process: int, processes: int) -> tuple[Tensor, float]:
-    """Return the samples of a part that a process sees, and what their mean loss counts.
-
-    Gradients are averaged over processes, so that the shares' mean is one.
-    """
-    if processes == 1:
-        return part, 1.0
-    own = part[process::processes]
-    return (own, len(own) * processes / len(part)) if len(own) else (part[:1], 0.0)
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from slimfuse.finetune.checkpoint import Progress, write_tensors
+from slimfuse.finetune.several import whole
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,20 @@ class Validation:
         """Return whether to measure behind a step, counted from 1."""
         return step % self.every == 0 or step == steps
 
-    def judge(self, model: nn.Module, step: int, progress: Progress, best: Path) -> float:
+    def judge(
+        self, model: nn.Module, step: int, progress: Progress, best: Path, *, write: bool = True
+    ) -> float:
         """Measure a model, keep its weights in `best` where it is the best yet, and say its value.
 
-        A value that isn't finite is never the best. progress is brought up to date.
+        A value that isn't finite is never the best. progress is brought up to date. write: whether
+        this is the process that writes.
         """
         value = self.measure(model)
         gap = value - progress.best if self.larger else progress.best - value
         if math.isfinite(value) and (math.isnan(progress.best) or gap > 0):
-            write_tensors(dict(model.state_dict()), best)
+            tensors = {k: whole(v) for k, v in model.state_dict().items()}
+            if write:
+                write_tensors(tensors, best)
             progress.best, progress.best_step, progress.watched = value, step, 0
         else:
             progress.watched += 1

@@ -105,7 +105,7 @@ class Builder:
             family.query_scale(p.model.config, target.config) for p in union.parents
         ]
         self.mixes, self.readbacks = mixes, readbacks
-        self.draw = draw
+        self.draw, self.ranks = draw, draw.ranks
         self.run = Running(union, target, self.layout, cache, draw)
         self.sums = PostNorm(union, self.run, target, mixes, norms_stay=self.norms_stay)
         self.dtype = next(target.parameters()).dtype
@@ -243,7 +243,8 @@ class Builder:
     # -- statistics -------------------------------------------------------------------------
 
     def _moments(self, **widths: int) -> Moments:
-        return Moments(precision(sum(widths.values()), self.dtype), **widths)
+        reduce = self.ranks.sum if self.ranks.of > 1 else None
+        return Moments(precision(sum(widths.values()), self.dtype), reduce, **widths)
 
     def _readings(self, members: Sequence[Member]) -> Moments:
         """Return moments for the members' (n0, …) and the target's (t) normed streams."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from slimfuse.fuse.leave_out import LeaveOut
 from slimfuse.fuse.solve import ridge
 from slimfuse.moments import Moments
+from slimfuse.saliency.parallel import Processes
 
 Weighing = Literal["stream", "reading", "even"]
 Ridge = float | None
@@ -22,6 +23,8 @@ TINY = 1e-30
 WORK = 1.2e11  # multiply-adds of one covariance, a second or so of one core …
 ROWS = 3  # … but never fewer rows than this many times its width
 Groups = Iterable[tuple[Tensor, Tensor, Tensor]]
+ONE = Processes()
+"""The processes where there is one."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,19 @@ class Fit:
 
 
 def fit(
-    stats: Statistics, prior: Tensor, strength: Ridge, groups: Groups, bias: Tensor | None = None
+    stats: Statistics,
+    prior: Tensor,
+    strength: Ridge,
+    groups: Groups,
+    bias: Tensor | None = None,
+    ranks: Processes = ONE,
 ) -> Fit:
     """Return the ridge about `prior` (k, d), with a free bias if `stats` has an intercept.
 
     strength: None tries `STRENGTHS`, the prior with a fitted bias and, where the prior has a
     `bias` (k,), the prior untouched, and takes what predicts left-out groups best. groups:
     (inputs (t, d), goals (t, k), weights (t,)) of one sequence each, among the rows of `stats`.
+    ranks: processes that share the groups; `stats` are of all rows.
     """
     if strength is not None:
         weight = ridge(stats.cross, stats.gram, prior, strength)
@@ -99,7 +108,7 @@ def fit(
     )  # fmt: skip
     for inputs, goals, weights in groups:
         judge.update(inputs, goals, weights)
-    scores = judge.scores()
+    scores = judge.scores(ranks.sum)
     weight, offset = judge.solution(scores.best)
     kept = scores.prior if scores.untouched is None else scores.untouched
     return _done(stats, weight, offset, scores.best, scores.error(scores.best), kept)
@@ -128,14 +137,20 @@ class Draw:
     every fit. Rows of what is read have one scale; an even weighing is of all real tokens.
     All rows, unless the covariance would cost more than `WORK`: then a seeded
     draw, in which a row is the likelier the more important it is and the lighter the likelier it
-    was, so that the expected sums are the same.
+    was, so that the expected sums are the same. ranks: processes that share the batches in turn:
+    each counts its own, and a row is drawn by its batch's number among all.
     """
 
-    def __init__(self, importance: Tensor, rows: int) -> None:
+    def __init__(self, importance: Tensor, rows: int, ranks: Processes = ONE) -> None:
         """Take importance (checkpoints, tokens), mean 1 at each, and the rows of a checkpoint."""
-        self.importance, self.rows = importance, rows
+        self.importance, self.rows, self.ranks = importance, rows, ranks
         self._real: list[Tensor] = []
         self._energies: list[list[Tensor]] = []  # of every batch, at each checkpoint so far
+        self._units: list[Tensor] = []  # at each checkpoint: the mean of 1/|x|² in the first batch
+
+    def number(self, batch: int) -> int:
+        """Return a batch's number among those of all processes."""
+        return self.ranks.index + batch * self.ranks.of
 
     def see(self, samples: int, mask: Tensor | None) -> None:
         """Take note of the next batch; mask: its real tokens (samples, tokens), None for all."""
@@ -146,6 +161,11 @@ class Draw:
     def tell(self, batch: int, energy: Tensor) -> None:
         """Take note of |x|² (samples, tokens) of a batch at its next checkpoint (RMSNorm only)."""
         self._energies[batch].append(energy.double().cpu())
+        if batch == 0:
+            unit = torch.zeros((), dtype=torch.float64)
+            if self.number(batch) == 0:
+                unit = (1 / self._energies[0][-1][self._real[0]].clamp_min(TINY)).mean()
+            self._units.append(self.ranks.sum(unit))
 
     def weights(self, checkpoint: int, batch: int, kind: Weighing = "stream") -> Tensor:
         """Return the weight (r,) of every row of a batch, 0 where it only pads."""
@@ -154,9 +174,8 @@ class Draw:
             return real.flatten().double()
         weights = (self.importance[checkpoint] * real).flatten()
         if kind == "stream" and self._energies[0]:
-            first = self._energies[0][checkpoint][self._real[0]].clamp_min(TINY)
             energy = self._energies[batch][checkpoint].flatten().clamp_min(TINY)
-            weights = weights / (energy * (1 / first).mean())
+            weights = weights / (energy * self._units[checkpoint])
         return weights
 
     def __call__(
@@ -169,7 +188,7 @@ class Draw:
             places = weights.nonzero()[:, 0]
             return places, weights[places]
         likely = (share * weights).clamp_max(1.0)
-        generator = torch.Generator().manual_seed(7_919 * checkpoint + batch)
+        generator = torch.Generator().manual_seed(7_919 * checkpoint + self.number(batch))
         drawn = torch.rand(len(weights), generator=generator) < likely
         places = drawn.nonzero()[:, 0]
         return places, weights[places] / likely[places]

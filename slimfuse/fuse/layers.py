@@ -52,7 +52,7 @@ def fit_projection(builder: Builder, batches: Sequence[Inputs]) -> None:
     prior, bias = builder._held(name, transported)
     stats = statistics(moments, "goal", "t")
     groups = builder.run.judges(0, width + inner, inputs, builder._mixed)
-    found = fit(stats, prior, builder.settings.ridge, groups, bias)
+    found = fit(stats, prior, builder.settings.ridge, groups, bias, builder.ranks)
     builder._write(name, found, -1, stats.variance)
     for b in range(len(builder.run.sizes)):
         builder.run.cache.drop("u", b)
@@ -135,7 +135,7 @@ def fit_reader(
 
     width = sum(moments.widths.values())
     groups = builder.run.judges(checkpoint, width, inputs, goals, "reading")
-    found = fit(stats, prior, builder.settings.ridge, groups, bias)
+    found = fit(stats, prior, builder.settings.ridge, groups, bias, builder.ranks)
     builder._write(name, found, index, stats.variance, choice.sources)
 
 
@@ -234,7 +234,7 @@ def fit_writer(
     prior, bias = builder._held(name, transported)
     stats = statistics(moments, "goal", "t", intercept=intercept)
     groups = run.judges(checkpoint, width, inputs, builder._missing)
-    found = fit(stats, prior, builder.settings.ridge, groups, bias)
+    found = fit(stats, prior, builder.settings.ridge, groups, bias, builder.ranks)
     if bread is not None:
         found = replace(found, weight=bread.settle(found.weight, checkpoint))
     builder._write(name, found, index, stats.variance)

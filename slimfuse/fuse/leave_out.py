@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Literal
@@ -144,8 +144,23 @@ class LeaveOut:
         self._groups += 1
         self._rows += len(root)
 
-    def scores(self) -> Scores:
-        """Return the errors over the groups seen so far."""
+    def scores(self, reduce: Callable[[Tensor], Tensor] = lambda own: own) -> Scores:
+        """Return the errors over the groups seen so far.
+
+        reduce: sums a tensor over processes that have seen others.
+        """
+        own = [*self._sums, self._prior_sum, self._untouched_sum, self._weight, self._goal_sum,
+               self._groups, self._rows]  # fmt: skip
+        (
+            *self._sums,
+            self._prior_sum,
+            self._untouched_sum,
+            self._weight,
+            self._goal_sum,
+            groups,
+            rows,
+        ) = reduce(torch.tensor(own, dtype=torch.float64)).tolist()
+        self._groups, self._rows = int(groups), int(rows)
         assert self._weight > 0, "no group was seen"
         return Scores(
             strengths=self.strengths,

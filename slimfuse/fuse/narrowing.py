@@ -18,11 +18,13 @@ from slimfuse.families import Family, Layout
 from slimfuse.fuse import walk
 from slimfuse.fuse.choice import Units
 from slimfuse.fuse.depth import match_depths
+from slimfuse.fuse.fits import ONE
 from slimfuse.fuse.importance import TOKENS, gradients, token_weights
 from slimfuse.fuse.sandwich import upright
 from slimfuse.fuse.scoring import Saliency, by_gradients, saliencies
 from slimfuse.fuse.stream import Consensus, StreamMap, StreamMethod, consensus, stream_map
 from slimfuse.fuse.union import Parent, Union
+from slimfuse.saliency.parallel import Processes
 from slimfuse.transport import Solver
 
 
@@ -105,11 +107,12 @@ def narrowing(
     settings: Narrow,
     *,
     n_batches: int,
+    ranks: Processes = ONE,
 ) -> Narrowing:
     """Return the map of the parents' streams onto that of a target with this config (§3).
 
     union, rows: of `unite`. Call it without gradients. Raises ParentError for a parent whose
-    stream is dead.
+    stream is dead. ranks: processes that share the batches where sums are made of them.
     """
     own, parents, layouts = family.layout(target), union.parents, union.layouts
     weights = [p.weight for p in parents]
@@ -120,7 +123,7 @@ def narrowing(
         for i, p in enumerate(parents)
     ]  # fmt: skip
     importance = token_weights(found, weights)
-    joint = union.joint_stream(batches(), importance, rows, n_batches)
+    joint = union.joint_stream(batches(), importance, rows, n_batches, ranks)
     _check_alive(parents, joint, union.widths)
     centred = not (union.post_norm or union.rms)
     common = consensus(joint, union.widths, weights, centred=centred)

@@ -154,6 +154,8 @@ def _keep_mean(builder: Builder) -> None:
     for b in range(len(run.sizes)):
         weights = builder.draw.weights(2 * len(layout.blocks), b)
         sums, count = sums + weights @ rows(run.streams(b)[0]), count + float(weights.sum())
+    sums = builder.ranks.sum(sums)
+    count = float(builder.ranks.sum(torch.tensor(count, dtype=torch.float64)))
     lost = (sums / count).square().sum() - (encode @ sums / count).square().sum()
     norm = builder.target.get_submodule(layout.norm_at(2 * len(layout.blocks)))
     assert isinstance(norm, nn.LayerNorm)

@@ -72,6 +72,7 @@ class PostNorm:
             sum(float(walk.rows(self.run.scale(p, b))[real[b]].sum()) for b in batches)
             for p in range(len(states))
         ]
+        seen = self.run.ranks.sum(torch.tensor(seen, dtype=torch.float64)).tolist()
         mean = sum(share * own for share, own in zip(self._shares, seen, strict=True))
         self.writes = [
             (goal * gain) @ centring(len(gain)) * (mean / own)
@@ -118,6 +119,9 @@ class PostNorm:
             n_sum, w_sum = n_sum + share @ n, w_sum + share @ w
             nn_sum, nw_sum = nn_sum + share @ n.square(), nw_sum + share @ (n * w)
             ww_sum = ww_sum + share @ w.square()
+        every = (torch.tensor(weight, dtype=torch.float64), n_sum, w_sum, nn_sum, nw_sum, ww_sum)
+        total, n_sum, w_sum, nn_sum, nw_sum, ww_sum = map(self.run.ranks.sum, every)
+        weight = float(total)
         n_mean, w_mean = n_sum / weight, w_sum / weight
         n_var, w_var = nn_sum / weight - n_mean**2, ww_sum / weight - w_mean**2
         cov = nw_sum / weight - n_mean * w_mean

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from slimfuse.families import Layout, Pooler
 from slimfuse.fuse import walk
 from slimfuse.fuse.fits import Groups, fit, statistics
 from slimfuse.fuse.labels import Goals
-from slimfuse.fuse.running import JUDGES
+from slimfuse.fuse.running import JUDGES, Running
 from slimfuse.fuse.solve import decoder
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def fit_head(builder: Builder, goals: Goals) -> None:
 
     weight, bias = builder._held(layout.head, prior)
     stats = statistics(moments, "goal", "t", intercept=intercept)
-    groups = _singles(torch.cat(inputs), torch.cat(wanted))
-    found = fit(stats, weight, builder.settings.ridge, groups, bias)
+    groups = _singles(run, inputs, wanted)
+    found = fit(stats, weight, builder.settings.ridge, groups, bias, builder.ranks)
     builder._write(layout.head, found, len(layout.blocks), stats.variance)
 
 
@@ -127,8 +127,8 @@ def _fit_pooled(builder: Builder, layout: Layout, pooler: Pooler, out: Tensor) -
     both.update(goal=goal, t=torch.cat(inputs))
     weight, bias = builder._held(pooler.dense, prior)
     stats = statistics(both, "goal", "t")
-    groups = _singles(torch.cat(inputs), goal)
-    found = fit(stats, weight, builder.settings.ridge, groups, bias)
+    groups = _singles(run, inputs, goal.split(run.sizes))
+    found = fit(stats, weight, builder.settings.ridge, groups, bias, builder.ranks)
     builder._write(pooler.dense, found, len(layout.blocks), stats.variance)
     return list(torch.split(decoder(cov, push), sizes))
 
@@ -140,9 +140,11 @@ def head_gain(state: Mapping[str, Tensor], layout: Layout, width: int) -> Tensor
     return torch.ones(width, dtype=torch.float64)
 
 
-def _singles(inputs: Tensor, goals: Tensor) -> Groups:
-    """Yield some sequences' rows, one each, for leaving out."""
-    step = max(1, len(inputs) // JUDGES)
-    few, wanted = inputs[::step], goals[::step]
-    ones = torch.ones(len(few), dtype=torch.float64)
-    yield from zip(few.split(1), wanted.split(1), ones.split(1), strict=True)
+def _singles(run: Running, inputs: Sequence[Tensor], goals: Sequence[Tensor]) -> Groups:
+    """Yield some sequences' rows, one each, for leaving out; inputs, goals: of every batch."""
+    step = max(1, sum(run.every) // JUDGES)
+    for b, (seen, wanted) in enumerate(zip(inputs, goals, strict=True)):
+        chosen = (torch.arange(len(seen)) + run.first(b)) % step == 0
+        few = seen[chosen]
+        ones = torch.ones(len(few), dtype=torch.float64)
+        yield from zip(few.split(1), wanted[chosen].split(1), ones.split(1), strict=True)

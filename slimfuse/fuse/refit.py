@@ -23,7 +23,7 @@ from slimfuse.fuse.builder import Builder, Part
 from slimfuse.fuse.cache import StreamCache
 from slimfuse.fuse.choice import Heads, Units, check_heads
 from slimfuse.fuse.depth import Segments
-from slimfuse.fuse.fits import Draw, Ridge
+from slimfuse.fuse.fits import ONE, Draw, Ridge
 from slimfuse.fuse.labels import Goals, MeanLogits
 from slimfuse.fuse.memory import hold_steady
 from slimfuse.fuse.narrowing import narrowing, unite
@@ -32,6 +32,8 @@ from slimfuse.fuse.scoring import Saliency
 from slimfuse.fuse.stream import EXACT, Consensus, StreamMap, StreamMethod
 from slimfuse.fuse.union import Parent
 from slimfuse.progress import track
+from slimfuse.saliency.parallel import Processes
+from slimfuse.saliency.sparsify_state import check_alike
 from slimfuse.transport import Solver
 
 __all__ = ["Batches", "Fusion", "Parent", "Part", "Settings", "refit"]
@@ -87,6 +89,7 @@ def refit(
     goals: Goals | None = None,
     random_features: bool = False,
     scratch: Path | None = None,
+    ranks: Processes = ONE,
 ) -> Fusion:
     """Write the fused weights into `target` and return what was done.
 
@@ -96,9 +99,11 @@ def refit(
     random_features: the control that keeps the target's own embeddings, queries, keys, values and
     MLP inputs as they were initialised and fits only what writes to the stream, and the head.
     scratch: folder for streams that don't fit into memory. Moments are float64, forward passes
-    run in the models' own dtype. Source: fusion.md §3-5.
+    run in the models' own dtype. ranks: processes that are given the same and share the batches in
+    turn; all get the same weights. Source: fusion.md §3-5.
     """
     own = family.layout(target.config)
+    ranks = ranks if ranks.of <= n_batches else ONE  # else one would have none
     if goals is None and own.head:
         head = target.get_parameter(f"{own.head}.weight")
         goals = MeanLogits([p.weight for p in parents], len(head))
@@ -107,15 +112,17 @@ def refit(
         union, rows = unite(parents, target.config, family, batches, settings)
         check_heads(union, family.atlas(target.config), own, settings.heads)
         found = narrowing(union, rows, target.config, family, batches, settings,
-                          n_batches=n_batches)  # fmt: skip
+                          n_batches=n_batches, ranks=ranks)  # fmt: skip
         kind = RandomFeatures if random_features else Builder
         builder = kind(
-            union, target, family, cache, settings, Draw(found.importance, rows),
+            union, target, family, cache, settings, Draw(found.importance, rows, ranks),
             mixes=found.mixes, readbacks=found.readbacks,
         )  # fmt: skip
-        builder.embed(batches())
+        builder.embed(ranks.share(batches)())
         build_blocks(builder, len(own.blocks))
         builder.head(goals)
+    if ranks.of > 1:
+        check_alike(target.state_dict().values(), ranks.sum)
     narrow = found.stream
     if builder.rotation is not None:
         turn = builder.rotation

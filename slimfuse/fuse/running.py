@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Running:
         self, union: Union, target: nn.Module, layout: Layout, cache: StreamCache, draw: Draw
     ) -> None:
         self.union, self.target, self.layout = union, target, layout
-        self.cache, self.draw = cache, draw
+        self.cache, self.draw, self.ranks = cache, draw, draw.ranks
         self.sizes: list[int] = []  # samples of every batch
         self.masks: list[Tensor | None] = []  # their real tokens, see `walk.Start`
         self.calls: list[list[tuple[walk.Call, ...]]] = []  # of every batch, each parent's blocks
@@ -41,6 +42,16 @@ class Running:
         self.tokens = 0
         self.left = [layout.embed_norm for layout in union.layouts]
         """The norm that each parent's stream has left, of post-norm parents."""
+
+    @cached_property
+    def every(self) -> list[int]:
+        """The samples of every batch, those of other processes, too."""
+        numbered = [(self.draw.number(b), size) for b, size in enumerate(self.sizes)]
+        return [size for _, size in sorted(self.ranks.gather(numbered))]
+
+    def first(self, batch: int) -> int:
+        """Return the number of a batch's first sample among all."""
+        return sum(self.every[: self.draw.number(batch)])
 
     def start(self, batches: Iterable[Inputs]) -> None:
         """Start the streams from the embeddings."""
@@ -183,11 +194,10 @@ class Running:
     ) -> Groups:
         """Yield the rows of some sequences, spread over all batches, for leaving out."""
         count = min(JUDGES, max(FEWEST, ENOUGH // self.tokens))
-        step, first = max(1, sum(self.sizes) // count), 0
-        for b, samples in enumerate(self.sizes):
+        step = max(1, sum(self.every) // count)
+        for b in range(len(self.sizes)):
             places, weights = self.draw(checkpoint, b, width, kind)
-            judged = (places // self.tokens + first) % step == 0
-            first += samples
+            judged = (places // self.tokens + self.first(b)) % step == 0
             if judged.any():
                 places, weights = places[judged], weights[judged]
                 rows = inputs(b, places), goals(b, places)

@@ -63,6 +63,7 @@ class Sandwich:
         for b in range(len(run.sizes)):
             real = run.draw.weights(0, b, "even") > 0
             sums += torch.stack([rows(run.divisor(k, b))[real].sum() for k in range(len(members))])
+        sums = builder.ranks.sum(sums)
         self._means = sums / sums.sum().clamp_min(1e-30) * len(members)  # of each, in their mean's
 
     def scale(self, batch: int) -> Tensor:
@@ -111,7 +112,8 @@ class Sandwich:
         level = cross.sum() / gram.sum().clamp_min(1e-30)
         stats = Statistics(cross, gram, none, none[:1], whole, moments.weight, intercept=False)
         groups = run.judges(checkpoint, width, squares, ones)
-        found = fit(stats, level * torch.ones_like(cross), builder.settings.ridge, groups)
+        prior_ratio = level * torch.ones_like(cross)
+        found = fit(stats, prior_ratio, builder.settings.ridge, groups, ranks=builder.ranks)
         ratio = found.weight[0].clamp(level / SPAN, level * SPAN)
         gain = prior / ratio.clamp_min(1e-30).sqrt()
         weight = weight / gain[:, None]
@@ -122,6 +124,7 @@ class Sandwich:
             normed = rows(self._written(weight, b), places)
             told = told + weights @ normed.square()
             goal = goal + weights @ (normed * builder._missing(b, places))
+        told, goal = builder.ranks.sum(told), builder.ranks.sum(goal)
         norm.weight.copy_(torch.where(told > 0, goal / told.clamp_min(1e-30), gain))
         return weight
 

@@ -13,9 +13,12 @@ from slimfuse.batch import Inputs, token_mask
 from slimfuse.families import Block, Family, Layout
 from slimfuse.fuse import walk
 from slimfuse.fuse.depth import Segments
+from slimfuse.fuse.fits import ONE
 from slimfuse.fuse.importance import drawn
 from slimfuse.moments import Moments, precision
 from slimfuse.progress import track
+from slimfuse.saliency.gradients import Share
+from slimfuse.saliency.parallel import Processes
 from slimfuse.spaces import Atlas
 
 JOINT_ROWS = 8  # rows a depth of the joint stream's moments, in multiples of its width …
@@ -132,7 +135,12 @@ class Union:
         return [len(self.weight(m, part)) for m in members]
 
     def joint_stream(
-        self, batches: Iterable[Inputs], importance: Tensor, rows: int, count: int
+        self,
+        batches: Iterable[Inputs],
+        importance: Tensor,
+        rows: int,
+        count: int,
+        ranks: Processes = ONE,
     ) -> Tensor:
         """Return E[w x xᵀ / |P x_1|²] (Σd, Σd) of the joint streams over all depths and tokens.
 
@@ -140,15 +148,17 @@ class Union:
         as they are, enter about their mean at each depth, and with their norm's shift in the place
         of the mean over channels.
         importance: w (checkpoints, tokens); rows: how many there are a depth, of which a seeded
-        draw is used where they are many; count: how many batches there are.
+        draw is used where they are many; count: how many batches there are; ranks: processes that
+        share them.
         """
         width = sum(self.widths)
         dtype = next(self.parents[0].model.parameters()).dtype
-        moments = Moments(precision(width, dtype), joint=width)
+        reduce = ranks.sum if ranks.of > 1 else None
+        moments = Moments(precision(width, dtype), reduce, joint=width)
         share = min(1.0, max(JOINT_ROWS * width, LEAST_ROWS) / rows)
         means = [(torch.zeros(width, dtype=torch.float64), 0.0)] * len(importance)
         with track("reading the parents' streams", count) as tell:
-            for i, batch in enumerate(drawn(batches, share)):
+            for i, batch in Share(drawn(batches, share), ranks.index, ranks.of).numbered():
                 runs = [self._streams(p, batch) for p in range(len(self))]
                 mask = token_mask(batch)
                 real = None if mask is None else mask.flatten().nonzero()[:, 0]
@@ -165,6 +175,8 @@ class Union:
         second = moments.second("joint")
         if self.post_norm:
             for total, mass in means:
+                total = ranks.sum(total)
+                mass = float(ranks.sum(torch.tensor(mass, dtype=torch.float64)))
                 second -= torch.outer(total, total) / (mass * moments.weight)
         return second
 

@@ -89,7 +89,7 @@ def fit_vocabulary(builder: Builder, goals: Goals) -> None:
         return (torch.cat(features(batch, places), dim=1).double() * scale) @ root
 
     groups = run.judges(last, width, inputs, wanted, "even")
-    found = fit(stats, root @ prior, builder.settings.ridge, groups)
+    found = fit(stats, root @ prior, builder.settings.ridge, groups, ranks=builder.ranks)
     if tied:
         lengths = torch.tensor(sizes).repeat_interleave(torch.tensor(sizes)) * few
         tables = Tables(grams, cross, mean, stats.mean_in, scale / lengths.sqrt())

@@ -116,7 +116,7 @@ def _fit_dense(builder: Builder, transform: Transform, width: int) -> None:
     weight, bias = builder._held(transform.dense, prior)
     stats = statistics(moments, "goal", "t")
     groups = run.judges(last, sum(moments.widths.values()), inputs, wanted, "even")
-    found = fit(stats, weight, builder.settings.ridge, groups, bias)
+    found = fit(stats, weight, builder.settings.ridge, groups, bias, builder.ranks)
     builder._write(transform.dense, found, len(layout.blocks), stats.variance)
 
 
@@ -124,15 +124,17 @@ def _rows(builder: Builder) -> tuple[Tensor, list[Tensor]]:
     """Return the target's stream and every parent's h at evenly spaced real tokens, float64."""
     layout, union, run = builder.layout, builder.union, builder.run
     step = max(1, builder.draw.rows // ROWS)
-    streams: list[Tensor] = []
-    features: list[list[Tensor]] = [[] for _ in union.parents]
+    found: list[tuple[int, Tensor, list[Tensor]]] = []
     for b in range(len(run.sizes)):
         places = builder.draw.weights(2 * len(layout.blocks), b, "even").nonzero()[::step, 0]
-        streams.append(walk.rows(run.stream(b), places))
-        for parent, x, own in zip(union.parents, run.streams(b), features, strict=True):
-            chosen = walk.flat(x, places)[None]
-            own.append(walk.read_out(parent.model, layout, chosen).double())
-    return torch.cat(streams), [torch.cat(parts) for parts in features]
+        features = [
+            walk.read_out(parent.model, layout, walk.flat(x, places)[None]).double()
+            for parent, x in zip(union.parents, run.streams(b), strict=True)
+        ]
+        found.append((builder.draw.number(b), walk.rows(run.stream(b), places), features))
+    found = sorted(builder.ranks.gather(found), key=lambda one: one[0])  # the descent sees all
+    every = zip(*(features for _, _, features in found), strict=True)
+    return torch.cat([rows for _, rows, _ in found]), [torch.cat(parts) for parts in every]
 
 
 class _Head:

@@ -24,6 +24,7 @@ from slimfuse.pipeline.run import lock_text, prepare_again, quiet, write_lock
 from slimfuse.pipeline.shaping import pinned
 from slimfuse.pipeline.stages import Stages
 from slimfuse.pipeline.tuning import finetune_steps
+from slimfuse.processes import alone
 from slimfuse.progress import console
 from slimfuse.recipe import Anchor, Located, Recipe, Train, load_located
 from slimfuse.store import Store, write_text
@@ -92,6 +93,7 @@ def compare(
     Finished parts are kept in out (default runs/NAME-compare), so that a killed run goes on where
     it stood. Raises UserError for bad input.
     """
+    alone("compare")
     quiet()
     names = variations(vary)
     path = Path(recipe)

@@ -44,7 +44,7 @@ class NetStages(BaseStages):
             else:
                 self.train(model, cut.train, folder, parent)
 
-        stage = self.store.stage(f"parent-{parent.name}", inputs, build)
+        stage = self.store.stage(f"parent-{parent.name}", inputs, build, together=True)
         return stage.path, stage.key
 
     def start(self, kind: str) -> Stage:

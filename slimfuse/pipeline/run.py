@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from ruamel.yaml import YAML
 
 from slimfuse import __version__
@@ -26,10 +25,11 @@ from slimfuse.pipeline.planning import Plan, check_disk, make_plan
 from slimfuse.pipeline.results import make_report
 from slimfuse.pipeline.shaping import pinned
 from slimfuse.pipeline.sparse import check_zeros
+from slimfuse.processes import assemble
 from slimfuse.progress import working
 from slimfuse.recipe import Located, NetRecipe, Recipe, load_located
 from slimfuse.report import Report, render_html, to_json
-from slimfuse.store import LOCK, RESULTS, Store, write_text
+from slimfuse.store import LOCK, RESULTS, Stage, Store, write_text
 
 
 @dataclass(frozen=True)
@@ -112,24 +112,43 @@ def compress(
     recipe: a YAML file. overrides: `a.b=value` changes to it. out: the run folder (default
     `runs/NAME`). A killed run goes on where it stood when it is called again. Raises
     `slimfuse.errors.UserError` for bad input and `CheckFailed` for a check that doesn't hold.
+    Started by torchrun or accelerate it is one run of several processes, see docs/distributed.md.
     """
     quiet()
-    path = Path(recipe)
-    loaded = load_located(path, overrides)
-    store = Store(Path(out) if out is not None else Path("runs") / loaded.recipe.name)
-    store.check_ours()
+    team = assemble()
+    with team.guard():
+        path = Path(recipe)
+        loaded = load_located(path, overrides)
+        root = Path(out) if out is not None else Path("runs") / loaded.recipe.name
+        store = Store(root, team=team)
+        opened: list[tuple[BaseJob, Plan, str]] = []
+        team.told(lambda: opened.append(_checked(loaded, path, store)))
+        with store.lock():
+            team.told(lambda: write_lock(opened[0][2], store))
+            # the others only now: what the main one measured, or fetched, is there
+            opened = opened or [_opened(loaded, path, store)]
+            job, planned, lock = opened[0]
+            team.check_alike(lock, "run")
+            team.take(job.threads)
+            try:
+                return _run(job, store, planned, command_of("compress", path, overrides, out))
+            except UserError as error:  # one that only the work could show
+                error.where = loaded.locate(error.where)
+                raise
+
+
+def _opened(loaded: Located, path: Path, store: Store) -> tuple[BaseJob, Plan, str]:
+    """Return a recipe's job, its plan and its lock."""
     job = prepared(loaded, path, store)
-    planned = planned_of(job)
-    lock = lock_text(job)
+    return job, planned_of(job), lock_text(job)
+
+
+def _checked(loaded: Located, path: Path, store: Store) -> tuple[BaseJob, Plan, str]:
+    """Return the same, if the run folder is ours and there is room for the run."""
+    store.check_ours()
+    job, planned, lock = _opened(loaded, path, store)
     check_disk(planned, store, lock)
-    torch.set_num_threads(job.threads)
-    with store.lock():
-        write_lock(lock, store)
-        try:
-            return _run(job, store, planned, command_of("compress", path, overrides, out))
-        except UserError as error:  # one that only the work could show
-            error.where = loaded.locate(error.where)
-            raise
+    return job, planned, lock
 
 
 def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
@@ -146,14 +165,19 @@ def publish(made: Made, bench: dict[str, Any], command: str) -> Run:
     report = make_report(
         replace(made.found, bench=bench, command=command, lock=lock, timings=store.timings())
     )
+    run = Run(store.root, store.root / "model", report)
+    store.team.told(lambda: _write(run, made.package, store))
+    return run
+
+
+def _write(run: Run, package: Stage, store: Store) -> None:
     with working("drawing the report"):
-        values, html = to_json(report), render_html(report)  # whole, or nothing is published
+        values, html = to_json(run.report), render_html(run.report)  # whole, or nothing
     store.withdraw("report.json", "report.html")  # never a report beside another model
-    model = store.publish(made.package, "model")
+    store.publish(package, run.model.name)
     write_text(store.root / "report.json", values)
     write_text(store.root / "report.html", html)
-    store.log("run", "done", gates=all(g.passed for g in report.gates))
-    return Run(store.root, model, report)
+    store.log("run", "done", gates=run.passed)
 
 
 def write_lock(text: str, store: Store, name: str = LOCK, results: Sequence[str] = RESULTS) -> None:

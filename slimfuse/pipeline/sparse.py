@@ -107,31 +107,37 @@ class Thinning:
                 "steps": [step.steps for step in self._schedules[:-1]]
             }
 
+        ranks = stages.store.team.ranks
+
         def build(folder: Path) -> None:
             model = self._load(dense)
             chunks = self._chunks() if self.scorer in BY_GRADIENTS else ()
             fetch = stages.fetch(stages.samples("train"))
             found = sparsify(
-                model, loss_of(job.task, fetch, fisher_of(spec, job.task)), lambda: chunks,
+                model, loss_of(job.task, fetch, fisher_of(spec, job.task)),
+                ranks.share(lambda: chunks),
                 settings_of(spec, self.scorer, job.recipe.runtime.seed),
                 layers=pruned_layers(model, spec), between=self._between(folder),
-                checkpoint=folder / CHECKPOINT,
+                checkpoint=folder / CHECKPOINT, reduce=ranks.sum if ranks.of > 1 else None,
+                main=ranks.main,
             )  # fmt: skip
             record = {
                 "gradients": len(chunks), "sparsity": found.masks.sparsity,
                 "layers": [asdict(layer) for layer in found.layers],
                 "steps": [asdict(step) for step in found.steps],
             }  # fmt: skip
-            self._save(model, found.masks, folder)
-            (folder / RECORD).write_text(json.dumps(record, indent=1))
+            if ranks.main:
+                self._save(model, found.masks, folder)
+                (folder / RECORD).write_text(json.dumps(record, indent=1))
 
-        return stages.store.stage(f"pruned{self.suffix}", inputs, build)
+        return stages.store.stage(f"pruned{self.suffix}", inputs, build, together=True)
 
     def _between(self, folder: Path) -> Callable[[nn.Module, Masks, int], None]:
         """Return the recovery after a step; its checkpoint goes when the next one has begun."""
 
         def train(model: nn.Module, masks: Masks, step: int) -> None:
-            (folder / _checkpoint(step - 1)).unlink(missing_ok=True)
+            if self.stages.store.team.main:
+                (folder / _checkpoint(step - 1)).unlink(missing_ok=True)
             schedule = self._schedules[step - 1]
             what = f"recovering from step {step} of {self.spec.steps}"
             self.stages.tuning.run(
@@ -149,10 +155,12 @@ class Thinning:
             model, masks = self._load(pruned), Masks.load(pruned.path / FILE)
             what = f"recovering{' the control' if self.suffix else ''} from {self.scorer}"
             losses = stages.tuning.run(model, folder / CHECKPOINT, what, schedule=last, zeros=masks)
-            self._save(model, masks, folder)
-            save_losses(losses, folder)
+            if stages.store.team.main:
+                self._save(model, masks, folder)
+                save_losses(losses, folder)
 
-        return stages.store.stage(f"sparse{self.suffix}", inputs | stages.tuning.inputs, build)
+        inputs |= stages.tuning.inputs
+        return stages.store.stage(f"sparse{self.suffix}", inputs, build, together=True)
 
     @cached_property
     def _schedules(self) -> list[Schedule]:

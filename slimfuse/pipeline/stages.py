@@ -29,11 +29,12 @@ from slimfuse.pipeline.common import BaseJob, ParentJob, Part
 from slimfuse.pipeline.fusion_record import STREAMS_FILE, save_fusion
 from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.labelling import training_split
-from slimfuse.pipeline.starts import METHODS, STREAMS, Ingredients
+from slimfuse.pipeline.starts import METHODS, SHARED, STREAMS, Ingredients
 from slimfuse.pipeline.teaching import Teaching, spread
 from slimfuse.pipeline.tuning import Tuning
 from slimfuse.pipeline.vocabularies import align
 from slimfuse.recipe import Training
+from slimfuse.saliency.parallel import Processes
 from slimfuse.store import CHECKPOINT, KEY_LENGTH, Stage, Store, digest
 from slimfuse.tasks import Augmentation, Evidence, Measured, Samples, answers_of, ask
 
@@ -96,7 +97,7 @@ class BaseStages(ABC):
                 begin(model, parent.start)
             self.train(model, train, folder, parent)
 
-        stage = self.store.stage(f"parent-{parent.name}", inputs, build)
+        stage = self.store.stage(f"parent-{parent.name}", inputs, build, together=True)
         return stage.path, stage.key
 
     def _aligned(self, parent: ParentJob, key: str) -> tuple[Path, str]:
@@ -167,10 +168,12 @@ class BaseStages(ABC):
             what = f"finetuning {'the child' if kind == 'fused' else kind}"
             losses = self.tuning.run(model, folder / CHECKPOINT, what, kind=kind)
             self.save(model, folder)
-            save_losses(losses, folder)
+            if self.store.team.main:
+                save_losses(losses, folder)
 
         name = "finetuned" if kind == "fused" else f"finetuned-{kind}"
-        return self.store.stage(name, self.base | {"start": start.key} | self.tuning.inputs, build)
+        inputs = self.base | {"start": start.key} | self.tuning.inputs
+        return self.store.stage(name, inputs, build, together=True)
 
     def evidence(self, stage: Stage) -> Evidence:
         """Return what a stage's model says of the test set, through torch."""
@@ -223,9 +226,10 @@ class BaseStages(ABC):
         return ask(answers_of(model, task.output), task, self.samples(part), what=what)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write a model and its preprocessor."""
-        self.job.family.save(model, folder)
-        self.job.task.save(self.job.processor, folder)
+        """Write a model and its preprocessor, from the main process."""
+        if self.store.team.main:
+            self.job.family.save(model, folder)
+            self.job.task.save(self.job.processor, folder)
 
 
 class Stages(BaseStages):
@@ -266,6 +270,7 @@ class Stages(BaseStages):
         if method != "random":
             inputs["parents"] = [[p.name, p.weight, key, p.places] for p, _, key in parents]
         inputs["seed"] = recipe.runtime.seed
+        team, together = self.store.team, (method, recipe.fuse.method) in SHARED
 
         def build(folder: Path) -> None:
             torch.manual_seed(recipe.runtime.seed)
@@ -286,18 +291,20 @@ class Stages(BaseStages):
                 own=recipe.fuse.method,
                 scratch=folder,
                 seed=recipe.runtime.seed,
+                ranks=team.ranks if together else Processes(),
             )
             record = METHODS[method](given)
             maps = record.pop(STREAMS, None)
-            if maps is not None:
+            if maps is not None and team.main:
                 save_file(maps, folder / STREAMS_FILE)
             told = getattr(loaded[0].model, "generation_config", None) if loaded else None
             if told is not None:
                 model.generation_config = copy.deepcopy(told)
-            save_fusion(record | {"method": method}, folder)
+            if team.main:
+                save_fusion(record | {"method": method}, folder)
             self.save(model, folder)
 
-        return self.store.stage(kind, inputs, build)
+        return self.store.stage(kind, inputs, build, together=together)
 
 
 def save_losses(losses: Sequence[float], folder: Path) -> None:

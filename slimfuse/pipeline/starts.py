@@ -31,6 +31,7 @@ from slimfuse.pipeline.fusion_record import (
     transported,
 )
 from slimfuse.recipe import Fuse, Method, Plans
+from slimfuse.saliency.parallel import Processes
 from slimfuse.transport import Solver
 
 DEFAULT_REG = 0.05
@@ -46,7 +47,7 @@ class Ingredients:
     parents: the widest first; batches: unlabelled calibration inputs, the same each time; anchor:
     opens the trained narrow model of `fuse.ot.anchor`; goals: returns those of the head, None for
     the mean of the parents' logits; own: the recipe's method; scratch: a folder that is emptied;
-    seed: the run's.
+    seed: the run's; ranks: the processes that make the start, see `SHARED`.
     """
 
     parents: list[Parent]
@@ -60,6 +61,7 @@ class Ingredients:
     own: Method
     scratch: Path
     seed: int
+    ranks: Processes
 
     @property
     def first(self) -> nn.Module:
@@ -101,7 +103,7 @@ def by_refit(given: Ingredients) -> Record:
     fusion = refit(
         given.parents, given.target, given.family, given.batches,
         settings_of(given.fuse, given.seed), n_batches=given.n_batches, goals=given.goals(),
-        scratch=given.scratch,
+        scratch=given.scratch, ranks=given.ranks,
     )  # fmt: skip
     names = [p.name for p in given.parents]
     maps = stream_tensors(fusion.mixes, fusion.segments, names)
@@ -238,10 +240,13 @@ def by_random_features(given: Ingredients) -> Record:
     fusion = refit(
         given.parents, given.target, given.family, given.batches, settings_of(given.fuse),
         n_batches=given.n_batches, goals=given.goals(), scratch=given.scratch, random_features=True,
+        ranks=given.ranks,
     )  # fmt: skip
     return refitted(fusion, [p.name for p in given.parents])
 
 
+SHARED = frozenset({("refit", "refit"), ("random-refit", "refit")})
+"""Methods, beside the recipe's, whose batches several processes share; one alone does the rest."""
 METHODS: dict[str, Callable[[Ingredients], Record]] = {
     "refit": by_refit,
     "gauge": by_gauge,

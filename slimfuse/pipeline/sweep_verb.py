@@ -31,6 +31,7 @@ from slimfuse.pipeline.search import axes_of, check_space
 from slimfuse.pipeline.sweep_report import make_sweep_report
 from slimfuse.pipeline.sweep_search import Trials, searched, trials_of
 from slimfuse.pipeline.sweep_timing import time_together
+from slimfuse.processes import alone
 from slimfuse.progress import console, working
 from slimfuse.recipe import Located, load_located
 from slimfuse.report import Search, SweepReport, render_sweep, to_json
@@ -94,6 +95,7 @@ def sweep(
     within its budget. A killed sweep goes on where it stood when it is called again.
     Raises UserError for bad input, in one error for all candidates and before any work.
     """
+    alone("sweep")
     quiet()
     path = Path(recipe)
     asked, axes = candidates(vary, overrides), axes_of(search, trials)

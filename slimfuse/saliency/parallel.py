@@ -19,8 +19,8 @@ start more than one).
 "mask-fisher" and "taylor"; give a loss that draws another seed in each process. Checkpoints are
 written by the main process and read by all: give all of them one path; where they don't read the
 same file the work starts over. Training between two steps has to end with the same weights
-everywhere; that all decided alike is checked after every step. Recipes (`slimfuse compress`,
-`slimfuse compare`) don't run in several processes.
+everywhere; that all decided alike is checked after every step. `slimfuse compress` does all this by
+itself in several processes, see docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from slimfuse.saliency.gradients import Batches, Share
@@ -40,14 +41,27 @@ PIECE = 1 << 24  # numbers: accelerate reduces a copy
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of an `Accelerator`: this one's share of the batches, and sums over all."""
+    """The processes of an `Accelerator`: this one's share of the batches, and sums over all.
 
-    accelerator: Accelerator
+    Without one it is a single process, whose share is all and whose sums are its own.
+    """
+
+    accelerator: Accelerator | None = None
+
+    @property
+    def index(self) -> int:
+        """Which process this is, counted from 0."""
+        return 0 if self.accelerator is None else int(self.accelerator.process_index)
+
+    @property
+    def of(self) -> int:
+        """How many there are."""
+        return 1 if self.accelerator is None else int(self.accelerator.num_processes)
 
     @property
     def main(self) -> bool:
         """Whether this is the process that writes files."""
-        return bool(self.accelerator.is_main_process)
+        return self.index == 0
 
     def share(self, batches: Batches[T]) -> Batches[T]:
         """Return the batches that this process sees: of n processes every n-th, counted in turn.
@@ -55,10 +69,9 @@ class Processes:
         Shares differ by one batch at most, and may be empty. Batches keep their places among all,
         by which `gradients.drawn` draws labels: they are those that one process would draw.
         """
-        index, of = self.accelerator.process_index, self.accelerator.num_processes
 
         def own() -> Iterable[T]:
-            return Share(batches(), index, of)
+            return Share(batches(), self.index, self.of)
 
         return own
 
@@ -67,8 +80,12 @@ class Processes:
 
         Every process has to call it equally often, with tensors of one shape and dtype.
         """
-        if self.accelerator.num_processes == 1:
+        if self.accelerator is None or self.of == 1:
             return tensor
         for piece in tensor.view(-1).split(PIECE):
             piece.copy_(self.accelerator.reduce(piece.to(self.accelerator.device), "sum"))
         return tensor
+
+    def gather(self, items: list[T]) -> list[T]:
+        """Return the items of all processes, one process's after another's."""
+        return items if self.of == 1 else list(gather_object(items))

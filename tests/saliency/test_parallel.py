@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import InitProcessGroupKwargs
+from ranks import RANKS, start
 from safetensors.torch import load_file, save_file
 from saliency.asked import asked_vit
 from saliency.small_nets import Pair, loss, mlp, pairs, singles
@@ -31,7 +27,6 @@ from slimfuse.saliency.patterns import prunable
 from slimfuse.saliency.sparsify import Sparsified, sparsify, weight_scores
 from slimfuse.saliency.sparsify_spec import Spec
 
-RANKS = 2
 DATA = pairs(7, 6, 4)  # seven batches of one sample: shares of four and of three
 WIDTHS = (6, 8, 4)
 SPEC = Spec(0.6, "woodtaylor", block=5, steps=2)
@@ -60,7 +55,7 @@ def sums(ranks: Processes, route: Any, batches: list[Pair], by: Any = loss) -> R
     """Return Grams or diagonals, first moments, counts and mean squares; the layers are cut."""
     model = mlp(*WIDTHS)
     parts = [Part(la, 5, s, s + 3) for la in prunable(model) for s in (0, 3)]
-    reduce = None if ranks.accelerator.num_processes == 1 else ranks.sum
+    reduce = None if ranks.of == 1 else ranks.sum
     made = accumulate(model, by, ranks.share(lambda: batches)(), parts, route, first=True,
                       reduce=reduce)  # fmt: skip
     out: Result = {}
@@ -106,19 +101,9 @@ CASES: dict[str, Callable[[Processes], Result]] = {
 }
 
 
-def in_one(rank: int, port: int, root: Path) -> None:
-    """Do everything as one of two processes, as a launcher starts them."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",  # as launchers set it, or accelerate warns
-    }  # fmt: skip
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    torch.set_num_threads(1)
-    limit = InitProcessGroupKwargs(timeout=timedelta(seconds=60))  # a hang fails
-    ranks = Processes(Accelerator(cpu=True, kwargs_handlers=[limit]))
-    assert ranks.accelerator.num_processes == RANKS and ranks.main == (rank == 0)
+def in_one(accelerator: Accelerator, root: Path) -> None:
+    """Do everything as one of two processes."""
+    ranks, rank = Processes(accelerator), accelerator.process_index
     for name, case in CASES.items():
         save_file(case(ranks), root / f"{name}.{rank}")
 
@@ -147,17 +132,13 @@ def in_one(rank: int, port: int, root: Path) -> None:
     with pytest.raises(UserError, match="no batch"):
         scores(ranks, 0)
     (root / f"done.{rank}").touch()
-    ranks.accelerator.end_training()
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes found."""
     root = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(in_one, (port, root), nprocs=RANKS, start_method="fork")  # type: ignore[no-untyped-call]
+    start(in_one, root)
     return root
 
 
