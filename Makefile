@@ -14,8 +14,9 @@ SOURCES := slimfuse export tests benchmarks
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
 
+# a file's tests stay in one process, which makes their fixtures once; one thread in each
 test: install-test lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install-test
 	$(BIN)/ruff check $(SOURCES)
