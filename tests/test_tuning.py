@@ -16,8 +16,9 @@ from tiny_run import events, folder_bytes, recipe, save_parent, write_recipe
 from torch import Tensor
 
 from slimfuse.errors import RecipeError, Terminated, UserError
+from slimfuse.finetune import loop
 from slimfuse.interrupt import terminate
-from slimfuse.pipeline import held_out, journal, lessons, streams, tuning
+from slimfuse.pipeline import checks, held_out, journal, lessons, streams, tuning
 from slimfuse.pipeline.fusion_record import STREAMS_FILE
 from slimfuse.pipeline.held_out import parts
 from slimfuse.pipeline.job import prepare
@@ -272,11 +273,65 @@ def test_curves_are_written_where_asked_for(
     assert [(x["step"], x.get("loss")) for x in lines] == [(4, None)]  # the next is too soon
 
 
-def test_missing_tensorboard_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="TensorBoard isn't installed") as caught:
-        journal.summary_writer()
-    assert "slimfuse[tensorboard]" in str(caught.value)
+@pytest.mark.parametrize(
+    ("package", "changes"),
+    [("tensorboard", {"runtime": {"tensorboard": True}}), ("peft", {"finetune": {"lora": {}}})],
+)
+def test_a_missing_extra_is_one_clear_error_before_any_work(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, changes: Any
+) -> None:
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == package else name)
+    with pytest.raises(UserError, match=f"{package} isn't installed") as caught:
+        opened(home, tmp_path / package, **changes)
+    assert "pip install 'slimfuse[" in str(caught.value)
+
+
+def test_adapters_are_merged_and_gone(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    settings = {"epochs": 3, "lr": 1e-2}
+    stages = opened(home, tmp_path / "lora", finetune={**settings, "lora": {"rank": 2}})
+    made, start = stages.finetune("fused"), stages.start("fused")
+    before, after = (load_file(s.path / "model.safetensors") for s in (start, made))
+    assert before.keys() == after.keys()  # a stock model again
+    moved = {n for n, v in after.items() if not torch.equal(v, before[n])}
+    kinds = {n for n in after if n.endswith("weight") and after[n].ndim == 2 and "layer" in n}
+    assert moved == kinds | {"classifier.weight", "classifier.bias"}
+    for name in kinds:  # of rank 2
+        gap = (after[name] - before[name]).double()
+        assert int(torch.linalg.matrix_rank(gap, rtol=1e-3)) <= 2, name
+    model = stages.job.family.load(made.path)
+    assert type(model).__name__ == "ViTForImageClassification"
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_killed_with_adapters_it_ends_with_the_same_bytes(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    settings = {"finetune": {"epochs": 2, "lora": {"rank": 2}, "validation": {"every": 3}}}
+    want = opened(home, tmp_path / "whole", **settings).finetune("fused")
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    left, real = iter(range(4)), tuning.distillation_loss
+
+    def stopping(*args: Any, **more: Any) -> Any:
+        loss = real(*args, **more)
+
+        def stop(model: Any, indices: Tensor) -> Tensor:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            found: Tensor = loss(model, indices)
+            return found
+
+        return stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "distillation_loss", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            opened(home, tmp_path / "cut", **settings).finetune("fused")
+    got = opened(home, tmp_path / "cut", **settings).finetune("fused")
+    assert (
+        folder_bytes(want.path)["model.safetensors"] == folder_bytes(got.path)["model.safetensors"]
+    )
 
 
 REFUSED = {

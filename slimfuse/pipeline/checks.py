@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from slimfuse.data import DataSet
-from slimfuse.errors import DataError, ParentError, ShapeError
+from slimfuse.errors import DataError, ParentError, ShapeError, UserError
 from slimfuse.families import Family
-from slimfuse.recipe import Recipe
+from slimfuse.recipe import AnyRecipe, Recipe
 from slimfuse.tasks import Task
 from slimfuse.tasks.embeddings import NEIGHBOURS
 
@@ -33,6 +34,22 @@ def measured_by(recipe: Recipe, configs: Mapping[str, Any]) -> Mapping[str, Any]
     fused = recipe.fuse.parents or list(configs)
     name = next(name for name in configs if name in fused)
     return {name: configs[name]}
+
+
+def check_extras(recipe: AnyRecipe) -> None:
+    """Raise UserError where the recipe asks for what an extra brings that isn't installed."""
+    curves = recipe.runtime.tensorboard
+    asked = (
+        ("finetune.lora", "peft", "lora", recipe.finetune.lora is not None),
+        ("runtime.tensorboard", "tensorboard", "tensorboard", curves),
+    )
+    for key, package, extra, wanted in asked:
+        if wanted and find_spec(package) is None:
+            raise UserError(
+                f"{package} isn't installed",
+                where=key,
+                hint=f"pip install 'slimfuse[{extra}]', or leave the key out",
+            )
 
 
 def check_methods(

@@ -14,7 +14,13 @@ from slimfuse.data import DataSet
 from slimfuse.errors import ParentError, ShapeError
 from slimfuse.families import Family, ImageFamily, TextFamily, family_of
 from slimfuse.finetune.loop import Precision, best_precision
-from slimfuse.pipeline.checks import check_methods, check_samples, check_teachers, measured_by
+from slimfuse.pipeline.checks import (
+    check_extras,
+    check_methods,
+    check_samples,
+    check_teachers,
+    measured_by,
+)
 from slimfuse.pipeline.common import BaseJob, Opened, ParentJob
 from slimfuse.pipeline.images import open_images
 from slimfuse.pipeline.labelling import check_training, class_places, with_labels
@@ -127,6 +133,7 @@ def prepare(recipe: Recipe, path: Path) -> Job:
         recipe, path, family, task, opened.data, opened.preprocessor, parents, anchor, target,
         threads, best_of(recipe.runtime.precision), opened, proposal,
     )  # fmt: skip
+    check_extras(recipe)
     check_methods(recipe, job.by_width, target, family, anchor)
     check_teachers(recipe, job.teachers, target)
     return job

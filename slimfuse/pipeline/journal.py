@@ -6,7 +6,6 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from slimfuse.errors import UserError
 from slimfuse.store import Store
 
 SECONDS = 10.0  # between two lines of the log
@@ -54,13 +53,7 @@ class Journal:
 
 
 def summary_writer() -> Any:
-    """Return TensorBoard's writer; raises UserError where it isn't installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "TensorBoard isn't installed",
-            where="runtime.tensorboard",
-            hint="pip install 'slimfuse[tensorboard]', or leave the key out",
-        ) from error
+    """Return TensorBoard's writer; `checks.check_extras` saw that it is installed."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter

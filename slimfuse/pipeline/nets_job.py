@@ -25,6 +25,7 @@ from slimfuse.nets import (
     new_classifier,
     pruned_config,
 )
+from slimfuse.pipeline.checks import check_extras
 from slimfuse.pipeline.common import BaseJob, ParentJob
 from slimfuse.pipeline.images import (
     DEFAULT_IMAGE_SIZE,
@@ -202,6 +203,7 @@ def prepare_nets(recipe: NetRecipe, path: Path) -> NetJob:
         runtime.threads or cores(), best_of(runtime.precision), Images(data, processor, size),
     )  # fmt: skip
     job = replace(job, target=_target(job))
+    check_extras(recipe)
     _check_methods(job)
     return job
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,6 +11,7 @@ from torch import nn
 from slimfuse.families import Layout
 from slimfuse.finetune.distill import Fetch, distillation_loss
 from slimfuse.finetune.loop import Loss, Zeros, fit
+from slimfuse.finetune.lora import adapted
 from slimfuse.finetune.schedule import Schedule, steps_of
 from slimfuse.pipeline import held_out, streams
 from slimfuse.pipeline.common import BaseJob
@@ -107,7 +109,8 @@ class Tuning:
             )  # fmt: skip
         lengths = samples.lengths
         stage = checkpoint.parent.name.removesuffix(".partial").rpartition("-")[0]
-        with Journal(self.stages.store, stage, curves=self.job.recipe.runtime.tensorboard) as log:
+        curves = self.job.recipe.runtime.tensorboard
+        with self._adapted(model), Journal(self.stages.store, stage, curves=curves) as log:
             return fit(
                 model,
                 lambda wrapped, indices: loss(wrapped, places.learnt[indices]),
@@ -138,9 +141,25 @@ class Tuning:
         mix = mixing(spec.mixup, spec.cutmix, len(self.job.data.classes))
         return lambda indices: mix(*fetch(indices))
 
+    def _adapted(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Let only adapters be trained, where the recipe asks for that, and the head."""
+        spec, layout = self.spec.lora, self._layout()
+        if spec is None or layout is None:
+            return nullcontext()
+        whole = (layout.head,) if layout.head and not layout.tied else ()
+        return adapted(
+            model, self._blocks(), rank=spec.rank, alpha=spec.alpha, seed=self.spec.seed,
+            whole=whole,
+        )  # fmt: skip
+
+    def _layout(self) -> Layout | None:
+        """Return where the child keeps its parts, None of a plain net."""
+        if not isinstance(self.job, Job):
+            return None
+        found: Layout = self.job.family.layout(self.job.target)
+        return found
+
     def _blocks(self) -> tuple[str, ...]:
         """Return the paths of the child's blocks, where it has any."""
-        if not isinstance(self.job, Job):
-            return ()
-        layout: Layout = self.job.family.layout(self.job.target)
-        return tuple(block.path for block in layout.blocks)
+        layout = self._layout()
+        return () if layout is None else tuple(block.path for block in layout.blocks)

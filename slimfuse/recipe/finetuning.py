@@ -61,6 +61,13 @@ class Validation(Strict):
     )
 
 
+class Lora(Strict):
+    """Low-rank adapters that are trained in place of the blocks' weights, and merged into them."""
+
+    rank: Count = Field(8, description="Rank of every adapter, in units.")
+    alpha: Positive = Field(16.0, description="Its scale, times the rank.")
+
+
 class Finetune(Strict):
     """Training of the fused model (AdamW, a schedule with warm-up, distillation)."""
 
@@ -111,6 +118,9 @@ class Finetune(Strict):
     validation: Validation | None = Field(
         None, description="Held-out training samples that choose the best weights; null: the last."
     )
+    lora: Lora | None = Field(
+        None, description="Train adapters and the head alone (peft, an extra); null: all weights."
+    )
     compile: bool = Field(
         False, description="Let torch compile the model for training, which needs a C++ compiler."
     )
@@ -121,6 +131,9 @@ def check_finetune(raw: Mapping[str, Any]) -> list[Finding]:
     """Return what in `finetune` doesn't go with the task, or with the method of the fusion."""
     spec, task, findings = dig(raw, "finetune"), raw.get("task"), list[Finding]()
     labels = dig(raw, "data", "label_kind")
+    if dig(spec, "lora") is not None and raw.get("sparsify") is not None:
+        what = "would fill the zeros when its adapters are merged"
+        findings.append(Finding(("finetune", "lora"), what, allowed="null beside sparsify"))
     if task != "image-classification":
         findings += [
             Finding(("finetune", key), "blends pictures and their labels", allowed="0")
@@ -140,6 +153,8 @@ def check_net_finetune(raw: Mapping[str, Any]) -> list[Finding]:
     if dig(spec, "distill", "hidden"):
         what = "is of transformers' streams"
         findings.append(Finding(("finetune", "distill", "hidden"), what, allowed="0"))
+    if dig(spec, "lora") is not None:
+        findings.append(Finding(("finetune", "lora"), "is of transformers' blocks", allowed="null"))
     if dig(spec, "layer_decay") is not None:
         what = "counts transformers' blocks"
         findings.append(Finding(("finetune", "layer_decay"), what, allowed="null"))
