@@ -113,7 +113,7 @@ ANCHOR = {"anchor": {"from": "anchor"}}
         ({"method": "random"}, {"errors"}),
         ({"method": "random-refit"}, {"stream", "refit", "errors"}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(sorted(value)) if isinstance(value, set) else str(value),
 )  # fmt: skip
 def test_every_method_makes_a_whole_narrower_model(
     stages: Any, fuse: dict[str, Any], groups: set[str]
