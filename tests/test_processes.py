@@ -85,7 +85,7 @@ def talk(accelerator: Accelerator, root: Path) -> None:
     with pytest.raises(UserError, match="compare runs in one process"):
         compare(root / "none.yaml")
 
-    store = Store(root / "run", team)
+    store = Store(root / "run", team=team)
     made: list[str] = []
 
     def build(folder: Path) -> None:
@@ -96,7 +96,7 @@ def talk(accelerator: Accelerator, root: Path) -> None:
     with store.lock():
         one = store.stage("together", {"a": 1}, build, together=True)
         other = store.stage("alone", {"a": 1}, build)
-        again = Store(root / "run", team).stage("alone", {"a": 1}, build)
+        again = Store(root / "run", team=team).stage("alone", {"a": 1}, build)
     assert one.files == other.files == again.files and one.files
     assert len(made) == (2 if team.main else 1)
     team.wait()
