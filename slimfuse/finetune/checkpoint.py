@@ -64,7 +64,6 @@ def save(
     optimizer: torch.optim.Optimizer,
     average: AveragedModel | None,
     progress: Progress,
-    *,
     write: bool = True,
 ) -> None:
     """Write a training's state, the same file however many processes train.

@@ -314,7 +314,7 @@ class _Run:
         main = self.accelerator.is_main_process
         if main or self.spread:
             save(self.checkpoint, self.live, self.optimizer, self.average, self.progress,
-                 write=main)  # fmt: skip
+                 main)  # fmt: skip
         self.saved = time.monotonic()
 
     def rescue(self) -> None:
