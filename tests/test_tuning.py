@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_text
 import torch
@@ -15,16 +16,18 @@ from safetensors.torch import load_file
 from tiny_run import events, folder_bytes, recipe, save_parent, write_recipe
 from torch import Tensor
 
-from slimfuse.errors import RecipeError, Terminated, UserError
+from slimfuse.data import DataSet, Split
+from slimfuse.errors import DataError, RecipeError, ShapeError, Terminated, UserError
 from slimfuse.finetune import loop
 from slimfuse.interrupt import terminate
 from slimfuse.pipeline import checks, held_out, journal, lessons, streams, tuning
 from slimfuse.pipeline.fusion_record import STREAMS_FILE
 from slimfuse.pipeline.held_out import parts
 from slimfuse.pipeline.job import prepare
-from slimfuse.pipeline.stages import Stages
+from slimfuse.pipeline.stages import Stages, training_of
 from slimfuse.recipe import Validation, load_recipe
 from slimfuse.store import Store
+from slimfuse.tasks import TASKS
 
 TAUGHT = {"hidden": 1.0}
 
@@ -334,7 +337,65 @@ def test_killed_with_adapters_it_ends_with_the_same_bytes(
     )
 
 
+def test_the_card_and_the_record_say_which_weights_were_chosen(home: Path, tmp_path: Path) -> None:
+    spec = {"share": 0.2, "every": 2, "patience": 1}
+    stages = opened(home, tmp_path / "early", finetune={"epochs": 4, "validation": spec})
+    record = training_of(stages.finetune("fused"))
+    lines = [json.loads(x) for x in (tmp_path / "early" / "log.jsonl").read_text().splitlines()]
+    seen = [(x["validation"], x["step"]) for x in lines if "validation" in x]
+    best = max(value for value, _ in seen)
+    first = next(step for value, step in seen if value == best)
+    assert record["chosen"] == {"step": first, "value": pytest.approx(best)}
+    assert record["steps"] == seen[-1][1] and record["ended_early"] == (record["steps"] < 16)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("regression", 4), ("single", 1)])
+def test_too_few_held_out_samples_are_refused(kind: Any, least: int) -> None:
+    split = Split(["a"] * 9, np.zeros(9))
+    data = DataSet("x", split, split, ("number",), "mark", kind=kind)
+    checks.check_samples(TASKS["text-classification"], data, None, least)
+    with pytest.raises(DataError, match="too few training samples are held out") as caught:
+        checks.check_samples(TASKS["text-classification"], data, None, least - 1)
+    assert caught.value.where == "finetune.validation.share"
+
+
+def test_hidden_states_need_parents_that_are_large_enough(home: Path, tmp_path: Path) -> None:
+    changes = {
+        "fuse": {"method": "random", "parents": ["slim"]},
+        "target": {"hidden_size": 14, "num_attention_heads": 2, "intermediate_size": 16},
+        "finetune": {"distill": TAUGHT},
+    }
+    with pytest.raises(ShapeError, match="hidden_size of the target is larger"):
+        opened(home, tmp_path / "large", **changes)
+
+
+def test_only_starts_without_maps_ask_for_them(home: Path, tmp_path: Path) -> None:
+    stages = opened(home, tmp_path / "asks", finetune={"distill": TAUGHT})
+    stages.finetune("fused")
+    assert "streams" not in events(tmp_path / "asks", "start")
+    stages.finetune("random-start")
+    assert "streams" in events(tmp_path / "asks", "start")
+
+
+def test_a_missing_compiler_is_told_before_any_work(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import cpp_builder
+
+    def none() -> str:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(UserError, match=r"torch finds no C\+\+ compiler") as caught:
+        opened(home, tmp_path / "compiled", finetune={"compile": True})
+    assert caught.value.where == "finetune.compile"
+
+
 REFUSED = {
+    "accumulate": (
+        {"task": "sentence-embedding", "finetune": {"accumulate": 2}},
+        "compares all samples of a step",
+    ),
     "mixup": ({"finetune": {"mixup": 0.2}}, "blends pictures"),
     "cutmix": ({"finetune": {"cutmix": 1.0}}, "blends pictures"),
     "confident": (

@@ -89,7 +89,7 @@ def restore(
     """Read a training's state; a file that is damaged is removed, and nothing was done."""
     try:
         tensors = load_file(path)
-    except SafetensorError:  # start over rather than stop
+    except (SafetensorError, FileNotFoundError):  # start over rather than stop
         path.unlink(missing_ok=True)  # another process may have been faster
         return Progress()
 

@@ -110,10 +110,10 @@ class Hidden:
         turn = None if self.turn is None else self.turn.to(goals[0].device, torch.float32)
         for block, goal in enumerate(goals, start=1):
             mine, aim = own[block].float(), goal.float()
+            if self.centred:  # before the turn, which was fitted so
+                mine, aim = (x - x.mean(-1, keepdim=True) for x in (mine, aim))
             if turn is not None:
                 aim = aim @ turn.T
-            if self.centred:
-                mine, aim = (x - x.mean(-1, keepdim=True) for x in (mine, aim))
             if mask is not None:
                 mine, aim = mine[mask], aim[mask]
             total = total + (mine - aim).square().sum() / aim.square().sum().clamp_min(TINY)

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -220,7 +221,6 @@ class _Run:
             self._put_back()
         self.optimizer.zero_grad()
         progress.losses.append(value if finite else math.nan)
-        self.updating, self.buffers = False, []
         self.seen = {"loss": progress.losses[-1], "rate": rate, "norm": norm}
         self._count_bad(finite)
 
@@ -282,10 +282,13 @@ class _Run:
         held_out = self.validation
         if held_out is not None and held_out.due(number, self.schedule.steps):
             judged = self.live if self.average is None else self.average.module
+            self._same_statistics()
             judged.eval()
             with torch.no_grad():
                 main = self.accelerator.is_main_process
-                value = held_out.judge(judged, number, progress, self.best, write=main)
+                value = held_out.judge(
+                    judged, number, progress, self.best, write=main, agree=self._agreed
+                )
             self.train_mode()
             self.seen["validation"] = value
             self.held_out = f"{held_out.name} {value:.4g}"
@@ -293,9 +296,24 @@ class _Run:
             self.log(number, self.seen)
         words = (f"loss {self.seen['loss']:.3f}", self.held_out, f"rate {self.seen['rate']:.1e}")
         tell(number, ", ".join(word for word in words if word))
+        self.updating, self.buffers = False, []  # with what it made due the step is whole
         due = time.monotonic() - self.saved >= CHECKPOINT_SECONDS
         if self._anywhere(due and self.accelerator.is_main_process) if self.spread else due:
             self.save()
+
+    def _same_statistics(self) -> None:
+        """Give all processes the main one's buffers: normalisation sees its own samples in each."""
+        if self.several and not self.spread:
+            models = [self.live, *([self.average.module] if self.average is not None else [])]
+            for buffer in (b for model in models for b in model.buffers()):
+                buffer.copy_(broadcast(buffer.clone()))
+
+    def _agreed(self, value: float) -> float:
+        """Return the main process's value, by which all decide."""
+        if not self.several:
+            return value
+        told = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return float(broadcast(told))
 
     def obey(self, waiting: Held) -> None:
         """Raise a signal that has come to any process."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
+from transformers.pytorch_utils import Conv1D
 
 Shape = Literal["cosine", "linear", "constant", "polynomial"]
 NAMES: dict[Shape, str] = {
@@ -65,8 +66,8 @@ def _lambda(shape: Shape, warm: int, steps: int) -> Any:
 
 
 def steps_of(samples: int, epochs: float, batch_size: int) -> int:
-    """Return how many optimizer steps `epochs` passes over `samples` take."""
-    return round(epochs * math.ceil(samples / batch_size))
+    """Return how many optimizer steps `epochs` passes over `samples` take: one, if any."""
+    return max(round(epochs * math.ceil(samples / batch_size)), int(epochs > 0))
 
 
 def batch_indices(
@@ -97,13 +98,14 @@ def parameter_groups(
     """Return AdamW's groups; `scale` in each is what its rate is multiplied by.
 
     Matrices of linear layers and convolutions decay; biases, norms, class tokens, positions and
-    tables don't. layer_decay: the rate of the last of `blocks` (paths of modules, in order) is
-    multiplied by it once, of the one below twice, …, of all parameters before the first block once
-    more; what stands behind them has the whole rate. Source: Clark et al. 2020 (ELECTRA,
-    arXiv 2003.10555), appendix A; Bao et al. 2022 (BEiT, arXiv 2106.08254).
+    tables don't, nor a head that is a table. layer_decay: the rate of the last of `blocks` (paths
+    of modules, in order) is multiplied by it once, of the one below twice, …, of all parameters
+    before the first block once more; what stands behind them has the whole rate. Source: Clark et
+    al. 2020 (ELECTRA, arXiv 2003.10555), appendix A; Bao et al. 2022 (BEiT, arXiv 2106.08254).
     """
-    matrices = {p for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)
-                for p in m.parameters(recurse=False) if p.ndim > 1}  # fmt: skip
+    tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    matrices = {p for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | Conv1D)
+                for p in m.parameters(recurse=False) if p.ndim > 1} - tables  # fmt: skip
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     depths = _depths(model, blocks) if layer_decay is not None else {}
     for name, parameter in model.named_parameters():

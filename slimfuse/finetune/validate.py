@@ -35,14 +35,21 @@ class Validation:
         return step % self.every == 0 or step == steps
 
     def judge(
-        self, model: nn.Module, step: int, progress: Progress, best: Path, *, write: bool = True
+        self,
+        model: nn.Module,
+        step: int,
+        progress: Progress,
+        best: Path,
+        *,
+        write: bool = True,
+        agree: Callable[[float], float] = float,
     ) -> float:
         """Measure a model, keep its weights in `best` where it is the best yet, and say its value.
 
         A value that isn't finite is never the best. progress is brought up to date. write: whether
-        this is the process that writes.
+        this is the process that writes; agree: gives the value that all processes go by.
         """
-        value = self.measure(model)
+        value = agree(self.measure(model))
         gap = value - progress.best if self.larger else progress.best - value
         if math.isfinite(value) and (math.isnan(progress.best) or gap > 0):
             tensors = {k: whole(v) for k, v in model.state_dict().items()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slimfuse.data import DataSet
-from slimfuse.errors import DataError, ParentError, ShapeError, UserError
+from slimfuse.errors import DataError, ParentError, ShapeError, UserError, first_line
 from slimfuse.families import Family
 from slimfuse.recipe import AnyRecipe, Recipe
 from slimfuse.tasks import Task
@@ -52,6 +52,23 @@ def check_extras(recipe: AnyRecipe) -> None:
             )
 
 
+def check_compiler(recipe: AnyRecipe) -> None:
+    """Raise UserError where torch shall compile for a processor and there is no compiler."""
+    if not recipe.finetune.compile or torch.cuda.is_available():
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise UserError(
+            "torch finds no C++ compiler",
+            where="finetune.compile",
+            got=first_line(error),
+            hint="install g++, or leave the key out",
+        ) from error
+
+
 def check_methods(
     recipe: Recipe,
     parents: Sequence[ParentJob],
@@ -76,6 +93,8 @@ def check_methods(
         if method == "keep":
             names = [p.name for p in recipe.parents]
             _check_kept(min(parents, key=lambda p: names.index(p.name)), where, target, family)
+    if recipe.finetune.distill.hidden:
+        _check_size(parents, target, family)
     if recipe.fuse.layers is not None and {m for _, m in used} & {*REFITTING, "gauge"}:
         _check_layers(recipe.fuse.layers, parents, target, family)
 
@@ -154,17 +173,28 @@ def check_teachers(recipe: Recipe, teachers: Sequence[ParentJob], target: Any) -
         _check_cover("finetune.distill.teachers", "finetuning", teachers, target)
 
 
-def check_samples(task: Task, data: DataSet, limit: int | None) -> None:
+def check_samples(
+    task: Task, data: DataSet, limit: int | None, held_out: int | None = None
+) -> None:
     """Demand a test split that the task can be measured on; raises DataError.
 
-    limit: the recipe's data.limit.test. Neighbours are looked up among twice as many samples, of
-    which half are near by chance; the interval of a rank correlation takes more than three.
+    limit: the recipe's data.limit.test; held_out: how many training samples are, None where none
+    are asked for. Neighbours are looked up among twice as many samples, of which half are near by
+    chance; the interval of a rank correlation takes more than three.
     """
     least, why = 1, ""
     if task.compares:
         least, why = 2 * NEIGHBOURS, f"the {NEIGHBOURS} nearest of each are looked up"
     elif data.kind == "regression":
         least, why = 4, "a rank correlation of fewer has no interval"
+    if held_out is not None and held_out < least:
+        raise DataError(
+            "too few training samples are held out to measure this task",
+            where="finetune.validation.share",
+            got=f"{held_out} {task.sample}{'s' * (held_out != 1)}",
+            allowed=f"at least {least}{f': {why}' * bool(why)}",
+            hint="raise the share, or give more training samples",
+        )
     count = len(data.test)
     if count < least:
         cut = limit is not None and limit < least

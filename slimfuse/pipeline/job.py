@@ -15,6 +15,7 @@ from slimfuse.errors import ParentError, ShapeError
 from slimfuse.families import Family, ImageFamily, TextFamily, family_of
 from slimfuse.finetune.loop import Precision, best_precision
 from slimfuse.pipeline.checks import (
+    check_compiler,
     check_extras,
     check_methods,
     check_samples,
@@ -22,6 +23,7 @@ from slimfuse.pipeline.checks import (
     measured_by,
 )
 from slimfuse.pipeline.common import BaseJob, Opened, ParentJob
+from slimfuse.pipeline.held_out import parts
 from slimfuse.pipeline.images import open_images
 from slimfuse.pipeline.labelling import check_training, class_places, with_labels
 from slimfuse.pipeline.origins import find_parent, weights_digest
@@ -64,6 +66,8 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     latency budget is measured here, with models of random weights; allocation by saliency scores
     the largest parent.
     """
+    check_extras(recipe)
+    check_compiler(recipe)
     family, task = family_of(recipe.family, recipe.task), task_of(recipe)
 
     def find(name: str, origin: str | None, where: str, revision: str | None = None) -> Path | None:
@@ -86,7 +90,11 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     opened = _open(recipe, family, task, folders | beside, configs, path.parent)
     task, orders = opened.task, opened.orders
     family = read_by(family, task)
-    check_samples(task, opened.data, recipe.data.limit.test)
+    given = recipe.finetune.validation
+    asked = None if given is None else len(parts(len(opened.data.train), given, 0).held_out)
+    # embeddings are judged by the loss, which needs no neighbours
+    held_out = None if task.compares else asked
+    check_samples(task, opened.data, recipe.data.limit.test, held_out)
     foreign = [name for name in beside if name in orders]
     if foreign:
         raise ParentError(
@@ -133,7 +141,6 @@ def prepare(recipe: Recipe, path: Path) -> Job:
         recipe, path, family, task, opened.data, opened.preprocessor, parents, anchor, target,
         threads, best_of(recipe.runtime.precision), opened, proposal,
     )  # fmt: skip
-    check_extras(recipe)
     check_methods(recipe, job.by_width, target, family, anchor)
     check_teachers(recipe, job.teachers, target)
     return job

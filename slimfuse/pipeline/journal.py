@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -37,7 +38,7 @@ class Journal:
 
     def __call__(self, step: int, figures: dict[str, float]) -> None:
         """Take the figures of a step, counted from 1; one that was left out has no loss."""
-        known = {k: v for k, v in figures.items() if v == v}
+        known = {k: v for k, v in figures.items() if math.isfinite(v)}
         if self.curves:
             if self.writer is None:  # what a killed run wrote from here on doesn't count
                 kind = summary_writer()

@@ -17,8 +17,7 @@ from slimfuse.pipeline.planning import Plan
 from slimfuse.pipeline.results import Measurements
 from slimfuse.pipeline.sparse import Sparse, thin
 from slimfuse.pipeline.sparse_report import card, measure_files
-from slimfuse.pipeline.stages import METHOD_OF, BaseStages, Figures, Shared, Stages
-from slimfuse.pipeline.tuning import finetune_steps
+from slimfuse.pipeline.stages import METHOD_OF, BaseStages, Figures, Shared, Stages, training_of
 from slimfuse.progress import console
 from slimfuse.store import Stage, Store
 from slimfuse.tasks import Metric
@@ -152,11 +151,12 @@ def make(job: BaseJob, store: Store, planned: Plan, shared: Shared | None = None
     files = {"model.safetensors": "sparse" if sparse else "finetuned", "onnx/model.onnx": "onnx"}
     if shipped is not None:
         files["onnx/model_quantized.onnx"] = "onnx-int8"
-    steps = finetune_steps(job)
+    training = training_of(finetuned)
+    chosen = training["chosen"]["step"] if training["chosen"] else 0
     shown = {file: (measured[row][key], batches.get(row)) for file, row in files.items()}
     parents_shown = {p.name: measured[p.name][key] for p in job.parents}
     told = card(job, sparse) if sparse is not None else ""
-    readme = model_card(job, steps, parents_shown, shown, __version__, told)
+    readme = model_card(job, training["steps"], parents_shown, shown, __version__, told, chosen)
     package = store.stage(
         "package",
         {"finetuned": child.key, "onnx": exported.key, "card": readme,

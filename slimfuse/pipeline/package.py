@@ -132,11 +132,13 @@ def model_card(
     files: dict[str, tuple[Measured, int | None]],
     version: str,
     sparse: str = "",
+    chosen: int = 0,
 ) -> str:
     """Return README.md; it holds nothing that differs from run to run.
 
     parents, files: the task's first figure; of a file with the batch size it was measured at,
-    where that matters; sparse: a sentence about zeros.
+    where that matters; sparse: a sentence about zeros; chosen: the step whose weights were the best
+    on held-out samples, 0 where none were held out.
     """
     metric, told = job.task.metric, job.licences
     found = told.found
@@ -167,6 +169,8 @@ def model_card(
         ],
         data=job.data.name,
         training=f"then finetuned for {steps} steps with {taught} as teacher{'s' * several}"
+        + f" (these are the weights of step {chosen}, the best on held-out training samples)"
+        * bool(chosen)
         if steps
         else "not finetuned",
         sparse=sparse,

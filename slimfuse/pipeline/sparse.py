@@ -20,7 +20,7 @@ from slimfuse.errors import ShapeError, UserError
 from slimfuse.finetune.distill import Fetch, answered, labels_loss
 from slimfuse.finetune.schedule import Schedule
 from slimfuse.pipeline.common import BaseJob, Kind
-from slimfuse.pipeline.stages import BaseStages, Figures, save_losses
+from slimfuse.pipeline.stages import BaseStages, Figures, save_training
 from slimfuse.pipeline.tuning import finetune_steps
 from slimfuse.recipe import Sparsify
 from slimfuse.recipe.sparsifying import BY_BLOCK, BY_GRADIENTS, WeightScorer
@@ -103,7 +103,7 @@ class Thinning:
             "seed": job.recipe.runtime.seed,
         }
         if any(step.steps for step in self._schedules[:-1]):
-            inputs |= stages.tuning.inputs | {
+            inputs |= stages.tuning.inputs() | {
                 "steps": [step.steps for step in self._schedules[:-1]]
             }
 
@@ -137,7 +137,8 @@ class Thinning:
 
         def train(model: nn.Module, masks: Masks, step: int) -> None:
             if self.stages.store.team.main:
-                (folder / _checkpoint(step - 1)).unlink(missing_ok=True)
+                for old in (_checkpoint(step - 1), _checkpoint(f"{step - 1}-best")):
+                    (folder / old).unlink(missing_ok=True)
             schedule = self._schedules[step - 1]
             what = f"recovering from step {step} of {self.spec.steps}"
             self.stages.tuning.run(
@@ -154,12 +155,12 @@ class Thinning:
         def build(folder: Path) -> None:
             model, masks = self._load(pruned), Masks.load(pruned.path / FILE)
             what = f"recovering{' the control' if self.suffix else ''} from {self.scorer}"
-            losses = stages.tuning.run(model, folder / CHECKPOINT, what, schedule=last, zeros=masks)
+            done = stages.tuning.run(model, folder / CHECKPOINT, what, schedule=last, zeros=masks)
             if stages.store.team.main:
                 self._save(model, masks, folder)
-                save_losses(losses, folder)
+                save_training(done, folder)
 
-        inputs |= stages.tuning.inputs
+        inputs |= stages.tuning.inputs()
         return stages.store.stage(f"sparse{self.suffix}", inputs, build, together=True)
 
     @cached_property
@@ -193,7 +194,7 @@ class Thinning:
         masks.save(folder / FILE, scorer=self.scorer)
 
 
-def _checkpoint(step: int) -> str:
+def _checkpoint(step: int | str) -> str:
     return CHECKPOINT.replace(".", f"-{step}.")
 
 

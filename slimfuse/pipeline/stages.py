@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slimfuse import __version__
 from slimfuse.data import Split
 from slimfuse.families.pretrained import begin
+from slimfuse.finetune.checkpoint import Progress
 from slimfuse.finetune.distill import Fetch, labels_loss
 from slimfuse.finetune.loop import fit
 from slimfuse.finetune.schedule import Schedule, steps_of
@@ -38,7 +39,7 @@ from slimfuse.saliency.parallel import Processes
 from slimfuse.store import CHECKPOINT, KEY_LENGTH, Stage, Store, digest
 from slimfuse.tasks import Augmentation, Evidence, Measured, Samples, answers_of, ask
 
-ANSWERS = "answers.safetensors"
+ANSWERS, TRAINING = "answers.safetensors", "training.json"
 Figures = dict[str, Measured]
 Shared = dict[Part, Samples]
 METHOD_OF = {"random-start": "random"}
@@ -166,13 +167,13 @@ class BaseStages(ABC):
         def build(folder: Path) -> None:
             model = self.job.family.load(start.path, attention="eager")
             what = f"finetuning {'the child' if kind == 'fused' else kind}"
-            losses = self.tuning.run(model, folder / CHECKPOINT, what, kind=kind)
+            done = self.tuning.run(model, folder / CHECKPOINT, what, kind=kind)
             self.save(model, folder)
             if self.store.team.main:
-                save_losses(losses, folder)
+                save_training(done, folder)
 
         name = "finetuned" if kind == "fused" else f"finetuned-{kind}"
-        inputs = self.base | {"start": start.key} | self.tuning.inputs
+        inputs = self.base | {"start": start.key} | self.tuning.inputs(kind)
         return self.store.stage(name, inputs, build, together=True)
 
     def evidence(self, stage: Stage) -> Evidence:
@@ -307,10 +308,22 @@ class Stages(BaseStages):
         return self.store.stage(kind, inputs, build, together=together)
 
 
-def save_losses(losses: Sequence[float], folder: Path) -> None:
-    """Write the loss of every step; a step that was left out has none."""
-    told = [None if math.isnan(loss) else loss for loss in losses]
+def save_training(done: Progress, folder: Path) -> None:
+    """Write the loss of every step, and which one's weights were chosen.
+
+    A step that was left out has no loss.
+    """
+    told = [None if math.isnan(loss) else loss for loss in done.losses]
     (folder / "losses.json").write_text(json.dumps(told))
+    chosen = {"step": done.best_step, "value": done.best} if done.best_step else None
+    record = {"steps": len(done.losses), "chosen": chosen, "ended_early": done.stopped}
+    (folder / TRAINING).write_text(json.dumps(record))
+
+
+def training_of(stage: Stage) -> dict[str, Any]:
+    """Return what `save_training` wrote beside the losses."""
+    found: dict[str, Any] = json.loads((stage.path / TRAINING).read_text())
+    return found
 
 
 def config_values(config: Any) -> dict[str, Any]:

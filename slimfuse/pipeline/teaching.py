@@ -251,6 +251,6 @@ class Teaching:
         model.eval()
         for chunk in some.split(task.batch_size):
             inputs, labels = task.examples(samples, chunk)
-            rows.append(told(task, model, inputs, labels))
-            targets.append(teach(chunk, inputs, labels).rows)
+            rows.append(told(task, model, inputs, labels).cpu())
+            targets.append(teach(chunk, inputs, labels).rows.cpu())
         return torch.cat(rows), torch.cat(targets)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from slimfuse.families import Layout
+from slimfuse.finetune.checkpoint import Progress
 from slimfuse.finetune.distill import Fetch, distillation_loss
 from slimfuse.finetune.loop import Loss, Zeros, fit
 from slimfuse.finetune.lora import adapted
@@ -37,9 +39,8 @@ class Tuning:
     def __init__(self, stages: BaseStages) -> None:
         self.stages, self.job, self.spec = stages, stages.job, stages.job.recipe.finetune
 
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What a training with the teachers depends on, beside its start and its data."""
+    def inputs(self, kind: str = "fused") -> dict[str, Any]:
+        """Return what a training with the teachers depends on, beside its start and its data."""
         teachers, recipe = self.job.teachers, self.job.recipe
         inputs: dict[str, Any] = {
             "finetune": self.spec.model_dump(mode="json"),
@@ -48,8 +49,12 @@ class Tuning:
         }
         if self.stages.teaching.mixed(teachers):  # their union is fitted on calibration samples
             inputs["calibration"] = recipe.data.calibration.model_dump(mode="json")
-        if self.spec.distill.hidden:
+        asked = self.spec.distill.hidden and self.schedule.steps
+        if asked and self.stages.method(kind) != "refit":  # a refit brings its own maps
             inputs["streams"] = streams.stage_of(self._declared).key
+        changing = self.spec.augment or self.spec.mixup or self.spec.cutmix
+        used = {"peft": self.spec.lora, "timm": changing}
+        inputs["changed by"] = {name: version(name) for name, why in used.items() if why}
         return inputs
 
     @property
@@ -71,15 +76,15 @@ class Tuning:
         kind: str = "fused",
         schedule: Schedule | None = None,
         zeros: Zeros | None = None,
-    ) -> list[float]:
-        """Train a child in place with its teachers, and return the loss of every step.
+    ) -> Progress:
+        """Train a child in place with its teachers, and return how that went.
 
         kind: the start that it comes from, as `Stages.start` knows it; schedule: another one than
         the recipe's; zeros: weights that stay zero.
         """
         plan = self.schedule if schedule is None else schedule
         if not plan.steps:
-            return []
+            return Progress()
         spec, task = self.spec, self.job.task
         if spec.freeze_embeddings:
             for module in model.modules():
@@ -125,7 +130,7 @@ class Tuning:
                 validation=judge,
                 compiled=spec.compile,
                 log=log,
-            ).losses
+            )
 
     @property
     def _declared(self) -> Stages:

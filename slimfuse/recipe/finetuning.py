@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from slimfuse.recipe.matching import dig
+from slimfuse.recipe.matching import EMBEDDING, dig
 from slimfuse.recipe.strict import (
     Augment,
     Count,
@@ -85,7 +85,9 @@ class Finetune(Strict):
     )
     batch_size: Count = Field(128, description="Samples per step.")
     accumulate: Count = Field(
-        1, description="Parts of a step's samples that are seen one by one, to save memory."
+        1,
+        description="Parts of a step's samples that are seen one by one, to save memory; means "
+        "over tokens are then taken in each part.",
     )
     clip: Positive = Field(1.0, description="Largest norm of a step's gradient.")
     weight_decay: NonNegative = Field(0.05, description="Decoupled weight decay, times lr.")
@@ -131,6 +133,9 @@ def check_finetune(raw: Mapping[str, Any]) -> list[Finding]:
     """Return what in `finetune` doesn't go with the task, or with the method of the fusion."""
     spec, task, findings = dig(raw, "finetune"), raw.get("task"), list[Finding]()
     labels = dig(raw, "data", "label_kind")
+    if task in EMBEDDING and dig(spec, "accumulate") not in (None, 1):
+        what = f"task {task!r} compares all samples of a step with each other"
+        findings.append(Finding(("finetune", "accumulate"), what, allowed="1"))
     if dig(spec, "lora") is not None and raw.get("sparsify") is not None:
         what = "would fill the zeros when its adapters are merged"
         findings.append(Finding(("finetune", "lora"), what, allowed="null beside sparsify"))

@@ -329,6 +329,21 @@ def test_only_matrices_decay() -> None:
     assert len(decayed["params"]) + len(kept["params"]) == len(names)  # type: ignore[arg-type]
 
 
+def test_a_head_that_is_a_table_does_not_decay_and_gpt2s_matrices_do() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    net = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=6))
+    names = {id(p): n for n, p in net.named_parameters()}
+    decayed = {names[id(p)] for p in parameter_groups(net, 0.05)[0]["params"]}
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert decayed == {f"transformer.h.0.{part}.weight" for part in parts}
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0, 0), (0.01, 1), (0.5, 1), (1.5, 6)])
+def test_any_training_has_a_step(epochs: float, steps: int) -> None:
+    assert steps_of(10, epochs, 3) == steps if epochs != 0.5 else steps_of(2, epochs, 3) == steps
+
+
 class Fixed(nn.Module):
     """A model that gives the logits it holds."""
 
