@@ -23,6 +23,7 @@ from torch.nn import functional as f
 from slimfuse.families import ViT
 from slimfuse.finetune.loop import Precision, fit
 from slimfuse.finetune.schedule import Schedule, batch_indices, parameter_groups
+from slimfuse.pipeline.comparison import interval
 
 SAMPLES, BATCH, CLASSES, TEMPERATURE = 4096, 64, 10, 2.0
 LR, DECAY, WARMUP = 5e-4, 0.05, 0.1
@@ -111,8 +112,8 @@ def main() -> None:
                 seconds[name].append(time.process_time() - begun)
     same = max(abs(a - b) for a, b in zip(losses["bare"], losses["loop"], strict=True))
     ratios = [b / a for a, b in zip(seconds["bare"], seconds["loop"], strict=True)]
-    middle, spread = statistics.mean(ratios), statistics.stdev(ratios)
-    half = 2.365 * spread / math.sqrt(len(ratios)) if len(ratios) == 8 else float("nan")
+    middle, low, high = interval(ratios, 0)
+    half = (high - low) / 2
     images = {n: arguments.steps * BATCH / statistics.mean(t) for n, t in seconds.items()}
     lines = [
         "# The training loop beside a bare one", "",
