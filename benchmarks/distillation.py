@@ -182,7 +182,7 @@ def table(kept: Kept, kind: str) -> list[str]:
             best, other = (
                 kept.over(seeds, row(kind, start, steps, t), "accuracy") for t in (BEST, "answers")
             )
-            if best and best.keys() == other.keys():
+            if len(best) > 1 and best.keys() == other.keys():
                 gains[f"{title}, {steps} steps"] = ahead(best, other)
     if gains:
         told = "; ".join(f"{name} {gain}" for name, gain in gains.items())
