@@ -116,3 +116,17 @@ def maps_of(model: nn.Module, spaces: tuple[str, ...], make: Mapper) -> dict[str
         else:
             out[name] = make(size, 100 * seed)
     return out
+
+
+class Counting(nn.Module):
+    """A model whose loss is its answer to samples' numbers, with statistics that a pass changes."""
+
+    def __init__(self, samples: int = 23) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.line = nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.given = torch.randn(samples, 4)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        out: Tensor = self.line(self.norm(self.given[indices]))
+        return (out - 1).square().mean()

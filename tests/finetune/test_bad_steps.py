@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import Counting
 from torch import Tensor, nn
 
 from slimfuse.errors import SlimfuseError
@@ -19,20 +20,6 @@ from slimfuse.finetune.schedule import Schedule, batch_indices
 
 SAMPLES, STEPS = 23, 12
 PLAN = Schedule(STEPS, batch_size=5, lr=1e-2, weight_decay=0.0, seed=3, shape="constant", warmup=0)
-
-
-class Counting(nn.Module):
-    """A model with statistics that every forward changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.line = nn.BatchNorm1d(4), nn.Linear(4, 1)
-        self.given = torch.randn(SAMPLES, 4)
-
-    def forward(self, indices: Tensor) -> Tensor:
-        out: Tensor = self.line(self.norm(self.given[indices]))
-        return (out - 1).square().mean()
 
 
 def broken(at: Collection[int], how: Callable[[Tensor], Tensor]) -> Loss:

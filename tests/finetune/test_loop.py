@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import shake, vit_config
+from tiny import Counting, shake, vit_config
 from torch import Tensor, nn
 
 from slimfuse.batch import Batch
@@ -128,20 +128,6 @@ def test_resumed_training_ends_bit_identical(
     assert train(again, stopping(learn(), 0), tmp_path, ema, precision) == want
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-
-
-class Counting(nn.Module):
-    """A model with statistics that every forward changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.line = nn.BatchNorm1d(4), nn.Linear(4, 1)
-        self.given = torch.randn(SAMPLES, 4)
-
-    def forward(self, indices: Tensor) -> Tensor:
-        out: Tensor = self.line(self.norm(self.given[indices]))
-        return out.square().mean()
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before the forward", "behind it"])
