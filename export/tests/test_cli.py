@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from slimfuse_export import ExportError, __version__, cli
-from slimfuse_export.cli import main, name_models
+from slimfuse_export import ExportError, __version__
+from slimfuse_export.cli import main, proving
+from slimfuse_export.cli._words import name_models
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_an_internal_fault_is_one_line_unless_debugged(run, monkeypatch):
     def broken():
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(cli, "environment", broken)
+    monkeypatch.setattr(proving, "environment", broken)
     code, _, err = run("doctor")
     assert code == 1
     line = "internal fault: RuntimeError: two lines; run with --debug for the traceback\n"

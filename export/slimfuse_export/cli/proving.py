@@ -1,0 +1,98 @@
+"""Verbs that look and measure: check, bench, doctor."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import slimfuse_export
+from slimfuse_export._files import replacing
+from slimfuse_export.bench import bench as run_bench
+from slimfuse_export.cli import _show
+from slimfuse_export.cli._words import Dims, model_files, name_models, numbers, sizes
+from slimfuse_export.environment import environment
+from slimfuse_export.errors import CheckFailed, ExportError
+from slimfuse_export.folder import check_folder
+from slimfuse_export.quantize import int8_saturates, quantization_plan
+
+
+def add(app: typer.Typer) -> None:
+    """Add this module's verbs."""
+    for verb in (check, bench, doctor):
+        app.command()(verb)
+
+
+def check(
+    folder: Annotated[Path, typer.Argument(help="A finished model folder.")],
+    dim: Dims = None,
+    atol: Annotated[float, typer.Option(help="Absolute tolerance of float outputs.")] = 1e-3,
+    rtol: Annotated[float, typer.Option(help="Relative tolerance of float outputs.")] = 1e-3,
+) -> None:
+    """Open a folder from its files alone and check what deployment relies on."""
+    results = check_folder(folder, atol=atol, rtol=rtol, dims=sizes(dim))
+    _show.show_checks(Console(), results)
+    if failed := [result.name for result in results if not result.passed]:
+        raise CheckFailed(
+            f"{len(failed)} of {len(results)} checks failed", where=folder, got=", ".join(failed)
+        )
+
+
+def bench(
+    paths: Annotated[list[Path], typer.Argument(help="Model folders or .onnx files.")],
+    threads: Annotated[str, typer.Option(help="Numbers of threads, as 1,2.")] = "1",
+    batch: Annotated[str, typer.Option(help="Batch sizes, as 1,8.")] = "1",
+    dim: Dims = None,
+    warmup: Annotated[int, typer.Option(help="Untimed calls of each model.")] = 10,
+    min_seconds: Annotated[float, typer.Option(help="Timed seconds of each model.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Of inputs, order and intervals.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+) -> None:
+    """Time models against each other, interleaved; the first one is the base."""
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ExportError("the folder to write into does not exist", where=json_file.parent)
+    models = name_models([model for path in paths for model in model_files(path)])
+    with _show.progress(Console(stderr=True)) as tell:
+        result = run_bench(
+            models,
+            dims=sizes(dim),
+            threads=numbers("--threads", threads),
+            batch=numbers("--batch", batch),
+            warmup=warmup,
+            min_seconds=min_seconds,
+            seed=seed,
+            progress=tell,
+        )
+    ratios = result.ratios(next(iter(models)), seed=seed)
+    _show.show_bench(Console(), result, ratios)
+    if json_file is not None:
+        report = {**result.as_dict(), "ratios": [asdict(ratio) for ratio in ratios]}
+        with replacing(json_file) as part:
+            part.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def doctor() -> None:
+    """Say what this machine is, what INT8 mode suits it, and prove that onnxruntime runs."""
+    plan = quantization_plan()
+    with tempfile.TemporaryDirectory() as folder:
+        saturates = int8_saturates(folder)
+    rows = {
+        "slimfuse-export": slimfuse_export.__version__,
+        **environment(),
+        "expected to be fast": f"{plan.mode}: {plan.reason}",
+        "8-bit products": "saturate (measured)" if saturates else "exact (measured)",
+    }
+    console = Console()
+    for name, value in rows.items():
+        console.print(Text(f"{name:20} {'none' if value is None else value}"), soft_wrap=True)
+    if saturates and not plan.reduce_range:
+        raise CheckFailed(
+            "8-bit products saturate here, and the CPU's flags don't say so",
+            hint="quantise with reduce_range=True",
+        )
