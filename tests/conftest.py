@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,20 @@ from tiny_run import save_parent, write_recipe
 from torch import nn
 
 from slimfuse.pipeline import Run, compress
+from slimfuse.stock import one_process
 
 
 @pytest.fixture
 def vit() -> nn.Module:
     """A random float64 ViT."""
     return random_vit()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_process() -> Iterator[None]:
+    """One clean process proves the folders of all runs: a start costs seconds."""
+    with one_process():
+        yield
 
 
 @pytest.fixture(scope="session")

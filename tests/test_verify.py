@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,41 +14,14 @@ from safetensors.torch import load_file, save_file
 from slimfuse import stock
 from slimfuse.errors import CheckFailed, UserError
 from slimfuse.pipeline import Run
-from slimfuse.stock import verify
+from slimfuse.stock import one_process, verify
+from slimfuse.stock.process import clean_process
 
 
 @pytest.fixture
 def model(finished: Run, tmp_path: Path) -> Path:
     """A copy of the finished model that a test may spoil."""
     return Path(shutil.copytree(finished.model, tmp_path / "model"))
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the script here, where transformers is imported already: a start costs seconds."""
-
-    def run(command: list[str], **_: Any) -> Any:
-        import contextlib
-        import subprocess
-        import sys
-
-        out = io.StringIO()
-        script, arguments = command[3], command[4:]
-        with monkeypatch.context() as patch, contextlib.redirect_stdout(out):
-            patch.setattr(sys, "argv", ["-c", *arguments])
-            for name in ("slimfuse", "slimfuse_export"):  # the script blocks them
-                patch.setitem(sys.modules, name, sys.modules[name])
-            import logging
-
-            try:
-                exec(compile(script, "script", "exec"), {"__name__": "__main__"})
-            except Exception as error:
-                return subprocess.CompletedProcess(command, 1, "", f"{error}")
-            finally:
-                logging.disable(logging.NOTSET)
-        return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
-
-    monkeypatch.setattr(stock.subprocess, "run", run)
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -64,15 +36,17 @@ def test_a_finished_folder_holds_in_a_process_that_cannot_import_slimfuse(
     # what lies in the current folder is not imported in place of what is installed
     (tmp_path / "torch.py").write_text("raise RuntimeError('the wrong torch')")
     monkeypatch.chdir(tmp_path)
-    found = verify(finished.model)
+    with one_process():  # that starts here
+        found = verify(finished.model)
     assert found.model_class == "ViTForImageClassification"
     assert found.parameters == finished.report.rows[-2].params
     assert found.gap < 1e-5
 
 
 def test_the_script_cannot_import_slimfuse(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoiled = stock.SCRIPT.replace("import numpy", "import slimfuse.store; import numpy")
-    assert spoiled != stock.SCRIPT
+    script = stock.SCRIPTS["stock"]
+    spoiled = script.replace("import numpy", "import slimfuse.store; import numpy")
+    assert spoiled != script
     monkeypatch.setitem(stock.SCRIPTS, "stock", spoiled)
     with pytest.raises(CheckFailed, match="can't open the folder") as error:
         verify(finished.model)
@@ -107,10 +81,9 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("case", SPOILED)
 def test_a_spoiled_folder_fails(model: Path, case: str) -> None:
-    assert verify(model).gap < 1e-5  # the stand-in for the process works
+    assert verify(model).gap < 1e-5
     spoil, what, got = SPOILED[case]
     spoil(model)
     with pytest.raises(CheckFailed, match=what) as error:
@@ -125,3 +98,32 @@ def test_a_folder_without_a_file_is_told(model: Path, name: str) -> None:
     with pytest.raises(UserError, match="not a finished model folder") as error:
         verify(model)
     assert f"no {name}" in str(error.value.got)
+
+
+def test_folders_share_a_process_that_is_made_anew_where_it_died(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_process():
+        first = verify(model)
+        with clean_process() as process:
+            assert process.alive
+        assert verify(model) == first
+        with clean_process() as again:
+            assert again is process
+        monkeypatch.setitem(stock.SCRIPTS, "stock", "import os\nos._exit(7)")
+        with pytest.raises(CheckFailed, match="can't open the folder") as error:
+            verify(model)
+        assert error.value.got == "the process ended with 7"
+        monkeypatch.undo()
+        assert verify(model) == first
+        with clean_process() as fresh:
+            assert fresh is not process
+    assert not fresh.alive
+
+
+def test_a_script_leaves_nothing_to_the_next(model: Path) -> None:
+    with one_process(), clean_process() as process:
+        assert process.ask("left = 1; tell({'x': threads})", model, 3) == {"x": 3}
+        assert process.ask("tell({'x': left})", model, 3) == {
+            "error": "NameError: name 'left' is not defined"
+        }

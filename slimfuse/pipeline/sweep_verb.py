@@ -36,6 +36,7 @@ from slimfuse.progress import console, working
 from slimfuse.recipe import Located, load_located
 from slimfuse.report import Search, SweepReport, render_sweep, to_json
 from slimfuse.report.sweep_rows import SCHEMA
+from slimfuse.stock import one_process
 from slimfuse.store import Store, digest, write_text
 
 LOCK = "sweep.lock.yaml"
@@ -181,17 +182,18 @@ def _run(
 ) -> Sweep:
     made: dict[str, Made] = {}
     failed: dict[str, str] = {}
-    for number, entry in enumerate(entries, 1):
-        name = entry.candidate.name
-        console.print(f"candidate {number} of {len(entries)}: {name}", markup=False)
-        try:
-            made[name] = made_of(entry)
-        except CheckFailed as error:  # a failure is a figure, not the end
-            failed[name] = f"{name} is left out: {error.what}" + (
-                f" ({error.got})" if error.got is not None else ""
-            )
-            if len(failed) == len(entries):
-                raise
+    with one_process():
+        for number, entry in enumerate(entries, 1):
+            name = entry.candidate.name
+            console.print(f"candidate {number} of {len(entries)}: {name}", markup=False)
+            try:
+                made[name] = made_of(entry)
+            except CheckFailed as error:  # a failure is a figure, not the end
+                failed[name] = f"{name} is left out: {error.what}" + (
+                    f" ({error.got})" if error.got is not None else ""
+                )
+                if len(failed) == len(entries):
+                    raise
     timed = time_together(made, store)
     runs = {}
     for entry in entries:
