@@ -100,7 +100,8 @@ def parameter_groups(
     Matrices of linear layers and convolutions decay; biases, norms, class tokens, positions and
     tables don't, nor a head that is a table. layer_decay: the rate of the last of `blocks` (paths
     of modules, in order) is multiplied by it once, of the one below twice, …, of all parameters
-    before the first block once more; what stands behind them has the whole rate. Source: Clark et
+    before the first block, and of tables outside of blocks, once more; what stands behind them has
+    the whole rate. Source: Clark et
     al. 2020 (ELECTRA, arXiv 2003.10555), appendix A; Bao et al. 2022 (BEiT, arXiv 2106.08254).
     """
     tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -123,5 +124,8 @@ def _depths(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
     names = [name for name, _ in model.named_parameters()]
     homes = [next((place[b] for b in blocks if name.startswith(f"{b}.")), None) for name in names]
     first = next((i for i, home in enumerate(homes) if home is not None), 0)
-    others = [len(blocks) + 1 if i < first else 0 for i in range(len(names))]  # as registered
+    # registered before the blocks, or a table that they share, as MPNet's attention biases
+    tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    low = [i < first or name in tables for i, name in enumerate(names)]
+    others = [len(blocks) + 1 if below else 0 for below in low]
     return {n: o if h is None else h for n, h, o in zip(names, homes, others, strict=True)}

@@ -189,7 +189,7 @@ def _one_seed(
     shared: dict[Part, Samples] = stages.shared
 
     def headline(made: Stages, evidence: Evidence) -> float:
-        return made.figures(evidence)[metric.key].value
+        return made.figure(evidence).value
 
     scores = {p.name: headline(stages, stages.outputs(p).test) for p in job.parents}
     for name, value in scores.items():

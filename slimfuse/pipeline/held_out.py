@@ -60,7 +60,7 @@ def validation(
             for inputs, labels in (task.examples(samples, chunk) for chunk in chunks)
         ]
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return task.figures(joined)[task.metric.key].value
+        return task.figure(joined).value
 
     def mean_loss(model: nn.Module) -> float:
         found = [float(loss(model, chunk)) * len(chunk) for chunk in chunks]

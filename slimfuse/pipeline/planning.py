@@ -18,7 +18,7 @@ from slimfuse.pipeline.labelling import training_split
 from slimfuse.pipeline.lessons import LIMIT, size
 from slimfuse.pipeline.shaping import largest_config
 from slimfuse.pipeline.sparse import recovery_steps, settings_of
-from slimfuse.pipeline.teaching import cached
+from slimfuse.pipeline.teaching import kept
 from slimfuse.pipeline.tuning import finetune_steps
 from slimfuse.recipe import Recipe, Sparsify
 from slimfuse.recipe.sparsifying import BY_BLOCK, BY_GRADIENTS
@@ -142,7 +142,8 @@ def plan_of(given: Outset) -> Plan:
 
 def lesson_bytes(job: BaseJob) -> int:
     """Return the bytes of the parents' hidden states that finetuning keeps on disk."""
-    wanted = job.recipe.finetune.distill.hidden and cached(job)
+    spec = job.recipe.finetune
+    wanted = spec.distill.hidden and kept(job.task, spec)
     taken = size(job) if wanted else 0
     return taken if taken <= LIMIT else 0
 
@@ -229,13 +230,13 @@ def _training(given: Outset, models: Mapping[str, Planned], child: Planned) -> i
     Beside the child its teachers are in memory, all of them where what they say isn't kept.
     """
     recipe = given.recipe
-    sizes = [m.bytes for name, m in models.items() if name in given.fused]
-    beside = max(sizes) if given.task.cached else sum(sizes)
+    named = recipe.finetune.distill.teachers
+    teachers = given.fused if named is None else named
+    sizes = [models[name].bytes for name in teachers]
+    beside = max(sizes, default=0) if kept(given.task, recipe.finetune) else sum(sizes)
     found = [0]
     if recipe.finetune.epochs or (recipe.sparsify is not None and recipe.sparsify.epochs):
-        named = recipe.finetune.distill.teachers
-        teachers = len(given.fused if named is None else named)
-        step = _activations(given, given.target, recipe.finetune.batch_size, teachers)
+        step = _activations(given, given.target, recipe.finetune.batch_size, len(teachers))
         found.append(4 * child.bytes + beside + step)
     for p in recipe.parents:
         if p.train is not None:

@@ -89,6 +89,8 @@ class BaseStages(ABC):
         }
         if parent.start is not None:
             inputs["start"] = parent.sha256
+        if parent.train.augment:
+            inputs["changed by"] = {"timm": version("timm")}
         train = parent.train
 
         def build(folder: Path) -> None:
@@ -189,6 +191,10 @@ class BaseStages(ABC):
     def figures(self, evidence: Evidence) -> Figures:
         """Return the figures of what a model says of the test set."""
         return self.job.task.figures(evidence, self._reference)
+
+    def figure(self, evidence: Evidence) -> Measured:
+        """Return the one that decides alone."""
+        return self.job.task.figure(evidence, self._reference)
 
     @cached_property
     def _reference(self) -> Tensor | None:

@@ -16,9 +16,10 @@ from slimfuse.finetune.distill import Lesson, Teach, told
 from slimfuse.finetune.hidden import Hidden, observing
 from slimfuse.fuse.labels import FLOOR, Goals, LabelUnion, Share
 from slimfuse.pipeline import lessons
-from slimfuse.pipeline.common import BaseJob, ParentJob
+from slimfuse.pipeline.common import ParentJob
 from slimfuse.pipeline.job import Job
-from slimfuse.tasks import Samples
+from slimfuse.recipe import Finetune
+from slimfuse.tasks import Samples, Task
 from slimfuse.tasks.criteria import Categorical
 
 if TYPE_CHECKING:
@@ -31,11 +32,10 @@ Rows = Callable[[Tensor, Batch, list[Tensor]], Tensor]
 FIRST = 2048  # training samples that a criterion may look at before the training
 
 
-def cached(job: BaseJob) -> bool:
+def kept(task: Task, spec: Finetune) -> bool:
     """Whether what teachers say of a sample is kept: it comes again, the same each time."""
-    spec = job.recipe.finetune
     same = not (spec.augment or spec.mixup or spec.cutmix)
-    return job.task.cached and same and spec.epochs > 1
+    return task.cached and same and spec.epochs > 1
 
 
 def spread(scores: Tensor, places: Sequence[int], classes: int) -> Tensor:
@@ -98,7 +98,7 @@ class Teaching:
     @property
     def cached(self) -> bool:
         """Whether the teachers' outputs are kept."""
-        return cached(self.job)
+        return kept(self.job.task, self.job.recipe.finetune)
 
     def mixed(self, parents: Sequence[ParentJob]) -> bool:
         """Whether some of these parents don't know all classes, or in another order."""

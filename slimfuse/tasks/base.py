@@ -19,6 +19,8 @@ from slimfuse.tasks.metrics import Measured, Metric
 Augmentation = Literal["flip", "shift", "erase", "rand-augment"]
 Evidence = dict[str, Tensor]
 """What figures are made of, by name, each (samples, …)."""
+Measures = dict[str, Callable[[], Measured]]
+"""What computes the figures, by key."""
 Answer = Callable[[Batch], Tensor]
 """What a model, of torch or of onnxruntime, says of a batch."""
 
@@ -127,11 +129,19 @@ class Task(ABC):
         return {"logits": output, "labels": labels}
 
     @abstractmethod
-    def figures(self, evidence: Evidence, reference: Tensor | None = None) -> dict[str, Measured]:
-        """Return the metrics' figures by key; reference: `gist` of the parents, where they count.
+    def measures(self, evidence: Evidence, reference: Tensor | None = None) -> Measures:
+        """Return how each figure is computed, by key, that of `metric` first.
 
-        The first figure is that of `metric`.
+        reference: `gist` of the parents, where figures compare with it.
         """
+
+    def figures(self, evidence: Evidence, reference: Tensor | None = None) -> dict[str, Measured]:
+        """Return all figures by key, see `measures`."""
+        return {key: made() for key, made in self.measures(evidence, reference).items()}
+
+    def figure(self, evidence: Evidence, reference: Tensor | None = None) -> Measured:
+        """Return the figure of `metric` alone: the others may take long."""
+        return self.measures(evidence, reference)[self.metric.key]()
 
     def gist(self, every: Sequence[Evidence], weights: Sequence[float]) -> Tensor | None:
         """Return what several models' evidence says together, where figures compare with it."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slimfuse.batch import Batch, token_mask
 from slimfuse.data import DataSet
-from slimfuse.tasks.base import Evidence, Task
+from slimfuse.tasks.base import Evidence, Measures, Task
 from slimfuse.tasks.criteria import Direction
 from slimfuse.tasks.image_classification import ImageTask
 from slimfuse.tasks.metrics import Measured, Metric, bootstrap, rank_correlation
@@ -92,7 +92,7 @@ class _Embedding(Task):
         """Return the parents' joint embeddings, whose cosines are the weighted mean of theirs."""
         return self.criterion.combine([e["embeddings"] for e in every], weights, 1.0)
 
-    def figures(self, evidence: Evidence, reference: Tensor | None = None) -> dict[str, Measured]:
+    def measures(self, evidence: Evidence, reference: Tensor | None = None) -> Measures:
         """Return how like the parents' a model's similarities are.
 
         spearman: rank correlation of cosines over disjoint random pairs of samples, which are
@@ -104,10 +104,14 @@ class _Embedding(Task):
         pairs = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))
         left, right = pairs[: len(own) // 2 * 2].view(2, -1)
         likeness = [(e[left] * e[right]).sum(1) for e in (own, wanted)]
-        shared = overlap(own, wanted)
+
+        def shared() -> Measured:
+            nearest = overlap(own, wanted)
+            return bootstrap(lambda i: nearest[i].mean(), len(nearest))
+
         return {
-            "spearman": rank_correlation(*likeness),
-            "neighbour_overlap": bootstrap(lambda i: shared[i].mean(), len(shared)),
+            "spearman": lambda: rank_correlation(*likeness),
+            "neighbour_overlap": shared,
         }
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from slimfuse.batch import Batch
 from slimfuse.data import Split
 from slimfuse.progress import track
-from slimfuse.tasks.base import Augmentation, Evidence, Samples, Task
+from slimfuse.tasks.base import Augmentation, Evidence, Measures, Samples, Task
 from slimfuse.tasks.changes import erase, rand_augment
 from slimfuse.tasks.image_processors import load_processor as load_processor
 from slimfuse.tasks.image_processors import make_processor as make_processor
 from slimfuse.tasks.image_processors import save_processor, sides
-from slimfuse.tasks.metrics import Measured, accuracy, macro_f1
+from slimfuse.tasks.metrics import accuracy, macro_f1
 
 PIXELS = "pixel_values"
 CACHE_BYTES = 2 << 30
@@ -131,7 +131,10 @@ class ImageClassification(ImageTask):
     name = "image-classification"
     auto_model = "AutoModelForImageClassification"
 
-    def figures(self, evidence: Evidence, reference: Tensor | None = None) -> dict[str, Measured]:
+    def measures(self, evidence: Evidence, reference: Tensor | None = None) -> Measures:
         """Return accuracy and macro F1."""
         scores, labels = evidence["logits"], evidence["labels"]
-        return {"accuracy": accuracy(scores, labels), "macro_f1": macro_f1(scores, labels)}
+        return {
+            "accuracy": lambda: accuracy(scores, labels),
+            "macro_f1": lambda: macro_f1(scores, labels),
+        }

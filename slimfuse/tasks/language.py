@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from slimfuse.batch import Batch, token_mask
 from slimfuse.data import Split
-from slimfuse.tasks.base import Augmentation, Evidence, Samples
+from slimfuse.tasks.base import Augmentation, Evidence, Measures, Samples
 from slimfuse.tasks.blocks import Blocks
-from slimfuse.tasks.metrics import Measured, Metric, perplexity, share
+from slimfuse.tasks.metrics import Metric, perplexity, share
 from slimfuse.tasks.texts import IDS, TextSamples, TextTask, load_tokenizer
 
 IGNORED = -100
@@ -73,12 +73,12 @@ class LanguageTask(TextTask):
             hits[part[:, 0], part[:, 1]] = (rows.argmax(1) == wanted).double()
         return {"nll": nll.sum(1), "hits": hits.sum(1), "tokens": counted.sum(1).double()}
 
-    def figures(self, evidence: Evidence, reference: Tensor | None = None) -> dict[str, Measured]:
+    def measures(self, evidence: Evidence, reference: Tensor | None = None) -> Measures:
         """Return perplexity and the share of right guesses, over all counted tokens."""
         counts = evidence["tokens"]
         return {
-            "perplexity": perplexity(evidence["nll"], counts),
-            "token_accuracy": share(evidence["hits"], counts),
+            "perplexity": lambda: perplexity(evidence["nll"], counts),
+            "token_accuracy": lambda: share(evidence["hits"], counts),
         }
 
     def excerpt(self, batch: Batch) -> Batch:

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from slimfuse.data import DataSet
-from slimfuse.tasks.base import Evidence
+from slimfuse.tasks.base import Evidence, Measures
 from slimfuse.tasks.criteria import Categorical, Criterion, Numeric, Several
 from slimfuse.tasks.metrics import (
-    Measured,
     Metric,
     absolute_error,
     accuracy,
@@ -67,20 +66,23 @@ class TextClassification(TextTask):
         named.problem_type = PROBLEMS[self.kind]
         return named
 
-    def figures(self, evidence: Evidence, reference: Tensor | None = None) -> dict[str, Measured]:
+    def measures(self, evidence: Evidence, reference: Tensor | None = None) -> Measures:
         """Return accuracy and macro F1; micro F1 and average precision; or rank and error."""
         scores, labels = evidence["logits"], evidence["labels"]
         if self.kind == "multi":
             return {
-                "micro_f1": micro_f1(scores, labels),
-                "average_precision": average_precision(scores, labels),
+                "micro_f1": lambda: micro_f1(scores, labels),
+                "average_precision": lambda: average_precision(scores, labels),
             }
         if self.kind == "regression":
             return {
-                "spearman": rank_correlation(scores[:, 0], labels),
-                "mae": absolute_error(scores[:, 0], labels),
+                "spearman": lambda: rank_correlation(scores[:, 0], labels),
+                "mae": lambda: absolute_error(scores[:, 0], labels),
             }
-        return {"accuracy": accuracy(scores, labels), "macro_f1": macro_f1(scores, labels)}
+        return {
+            "accuracy": lambda: accuracy(scores, labels),
+            "macro_f1": lambda: macro_f1(scores, labels),
+        }
 
 
 __all__ = ["KINDS", "PROBLEMS", "TextClassification", "Tokens", "backend"]

@@ -183,6 +183,17 @@ def test_rates_fall_by_layer_from_the_head_to_the_embeddings() -> None:
     assert len(parameter_groups(net, 0.1)) == 2
 
 
+def test_a_table_that_all_layers_share_has_the_lowest_rate() -> None:
+    net = nn.ModuleDict(
+        {"low": nn.Linear(4, 4), "bias": nn.Embedding(3, 2), "head": nn.Linear(4, 1)}
+    )
+    groups = parameter_groups(net, 0.0, 0.5, ("low",))
+    names = {id(p): n for n, p in net.named_parameters()}
+    scale = {names[id(p)]: g["scale"] for g in groups for p in g["params"]}
+    assert scale["bias.weight"] == 0.25
+    assert scale["low.weight"] == 0.5 and scale["head.weight"] == 1.0
+
+
 def test_layers_move_at_their_own_rates(tmp_path: Path) -> None:
     class Two(Line):
         def __init__(self) -> None:
