@@ -42,17 +42,17 @@ MOST_BAD = 6
 rate."""
 
 
-class Zeros(Protocol):
-    """Weights that are zero and stay so."""
+class Constraint(Protocol):
+    """What holds of the weights, and no step may undo: zeros that stay, answers that don't move."""
 
     def apply(self, model: nn.Module) -> None:
-        """Set them to zero."""
+        """Make it hold before the first step."""
 
     def apply_gradients(self, model: nn.Module) -> None:
-        """Set their gradients to zero."""
+        """Take out of the gradients what would undo it."""
 
     def holding(self, model: nn.Module) -> Callable[[], None]:
-        """Return what sets them to zero again."""
+        """Return what makes it hold again, after a step."""
 
 
 class Log(Protocol):
@@ -79,7 +79,7 @@ def fit(
     checkpoint: Path,
     what: str,
     lengths: Tensor | None = None,
-    zeros: Zeros | None = None,
+    constraint: Constraint | None = None,
     blocks: Sequence[str] = (),
     validation: Validation | None = None,
     compiled: bool = False,
@@ -89,8 +89,8 @@ def fit(
 
     loss: called with the model and the indices (batch,) of some samples, whose mean it returns.
     lengths: of the samples (samples,), where they differ; None: all are of one length.
-    zeros: weights that no step may bring back; their gradients don't count in the norm that is
-    clipped, nor in the optimizer's moments, and the averaged weights have them, too.
+    constraint: what no step may undo; gradients against it don't count in the norm that is
+    clipped, nor in the optimizer's moments, and it holds of the averaged weights, too.
     blocks: paths of the model's layers in order, which `layer_decay` counts.
     validation: what is measured on held-out samples: the model ends with the weights that were the
     best there. compiled: whether torch compiles the model. log: takes the figures of every step.
@@ -105,7 +105,7 @@ def fit(
     the main one writes; all have to see one checkpoint. FSDP2 trains a spread copy, whose whole
     weights the model has in the end.
     """
-    run = _Run(model, loss, samples, schedule, precision, checkpoint, what, lengths, zeros,
+    run = _Run(model, loss, samples, schedule, precision, checkpoint, what, lengths, constraint,
                validation, log)  # fmt: skip
     run.begin(blocks, compiled)
     with track(what, schedule.steps) as tell, held(run.rescue) as waiting:
@@ -131,7 +131,7 @@ class _Run:
     checkpoint: Path
     what: str
     lengths: Tensor | None
-    zeros: Zeros | None
+    constraint: Constraint | None
     validation: Validation | None
     log: Log | None
     progress: Progress = field(default_factory=Progress)
@@ -148,14 +148,14 @@ class _Run:
         """Make the optimizer, and go on from a checkpoint where there is one."""
         # autocast is ours: accelerate's own precision is fixed for the life of the process
         self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-        self.spread = spreads(self.accelerator, zeros=self.zeros is not None)
+        self.spread = spreads(self.accelerator, constrained=self.constraint is not None)
         self.several = self.accelerator.num_processes > 1
         self.live = copy.deepcopy(self.model) if self.spread else self.model
         model, plan = self.live, self.schedule
         model.to(self.accelerator.device)
         self.train_mode()
-        if self.zeros is not None:
-            self.zeros.apply(model)
+        if self.constraint is not None:
+            self.constraint.apply(model)
         groups = parameter_groups(model, plan.weight_decay, plan.layer_decay, blocks)
         optimizer = torch.optim.AdamW(groups, lr=plan.lr)
         if plan.ema:
@@ -172,7 +172,7 @@ class _Run:
                 self.validation.check(self.progress, self.best)
         if self.several:
             check_same_step(self.accelerator, len(self.progress.losses))
-        self.hold = None if self.zeros is None else self.zeros.holding(model)
+        self.hold = None if self.constraint is None else self.constraint.holding(model)
         if compiled:
             self.wrapped = torch.compile(self.wrapped)
         self.saved = time.monotonic()
@@ -206,8 +206,8 @@ class _Run:
         torch.manual_seed(plan.seed * 1_000_003 + number + APART * accelerator.process_index)
         with strides_may_differ() if self.several else contextlib.nullcontext():
             value = self._gradients(indices)
-        if self.zeros is not None:
-            self.zeros.apply_gradients(self.live)
+        if self.constraint is not None:
+            self.constraint.apply_gradients(self.live)
         norm = float(whole(accelerator.clip_grad_norm_(self.wrapped.parameters(), plan.clip)))
         finite = math.isfinite(value) and math.isfinite(norm)
         self.updating = True

@@ -35,10 +35,10 @@ def like(value: Tensor, own: Tensor) -> Tensor:
     return there
 
 
-def spreads(accelerator: Accelerator, *, zeros: bool) -> bool:
+def spreads(accelerator: Accelerator, *, constrained: bool) -> bool:
     """Return whether the launch spreads the weights (FSDP2); raises UserError for what can't be.
 
-    zeros: whether weights are held at zero.
+    constrained: whether something holds of the weights after each step.
     """
     hint = "see docs/accelerate/fsdp2.yaml, or train with DDP (docs/accelerate/ddp.yaml)"
     if accelerator.distributed_type in PLAIN:
@@ -65,9 +65,9 @@ def spreads(accelerator: Accelerator, *, zeros: bool) -> bool:
             allowed="false",
             hint=hint,
         )
-    if zeros:
+    if constrained:
         raise UserError(
-            "weights that stay zero are trained with DDP only",
+            "weights that stay zero, or protect answers, are trained with DDP only",
             got="FSDP 2",
             hint="start the same command with docs/accelerate/ddp.yaml: it goes on from here",
         )

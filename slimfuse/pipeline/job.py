@@ -27,6 +27,7 @@ from slimfuse.pipeline.held_out import parts
 from slimfuse.pipeline.images import open_images
 from slimfuse.pipeline.labelling import check_training, class_places, with_labels
 from slimfuse.pipeline.origins import find_parent, weights_digest
+from slimfuse.pipeline.protecting import old_samples
 from slimfuse.pipeline.shaping import propose_shape, trained_config
 from slimfuse.pipeline.texts import open_texts
 from slimfuse.pipeline.vocabularies import aligned_config
@@ -143,6 +144,7 @@ def prepare(recipe: Recipe, path: Path) -> Job:
     )  # fmt: skip
     check_methods(recipe, job.by_width, target, family, anchor)
     check_teachers(recipe, job.teachers, target)
+    old_samples(job)
     return job
 
 

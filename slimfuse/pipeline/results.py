@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slimfuse.pipeline import protecting
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.fusion_record import load_fusion
 from slimfuse.pipeline.pictures import pictures
@@ -94,6 +95,7 @@ def make_report(m: Measurements) -> Report:
         metric=m.job.task.metric.key,
         zeros=layers(m.sparse.child) if m.sparse is not None else (),
         sizes=m.files.sizes if m.files is not None else (),
+        findings=protecting.findings(m.finetuned),
     )  # fmt: skip
 
 

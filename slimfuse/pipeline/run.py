@@ -236,6 +236,9 @@ def _without_machine_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     places += [(p, "from") for p in recipe["parents"]]
     trained = [p["train"] for p in recipe["parents"] if p.get("train")]
     places += [(train, "start") for train in trained if train.get("start")]
+    protect = recipe["finetune"].get("protect") or {}
+    if protect.get("data"):
+        places.append((protect["data"], "path"))
     anchor = recipe["fuse"].get("anchor") or recipe["fuse"]["ot"].get("anchor")
     if anchor is not None:
         places.append((anchor, "from"))

@@ -142,7 +142,7 @@ class Thinning:
             schedule = self._schedules[step - 1]
             what = f"recovering from step {step} of {self.spec.steps}"
             self.stages.tuning.run(
-                model, folder / _checkpoint(step), what, schedule=schedule, zeros=masks
+                model, folder / _checkpoint(step), what, schedule=schedule, constraint=masks
             )
             model.eval()
 
@@ -155,7 +155,9 @@ class Thinning:
         def build(folder: Path) -> None:
             model, masks = self._load(pruned), Masks.load(pruned.path / FILE)
             what = f"recovering{' the control' if self.suffix else ''} from {self.scorer}"
-            done = stages.tuning.run(model, folder / CHECKPOINT, what, schedule=last, zeros=masks)
+            done = stages.tuning.run(
+                model, folder / CHECKPOINT, what, schedule=last, constraint=masks
+            )
             if stages.store.team.main:
                 self._save(model, masks, folder)
                 save_training(done, folder)

@@ -173,6 +173,9 @@ class BaseStages(ABC):
             self.save(model, folder)
             if self.store.team.main:
                 save_training(done, folder)
+                protecting = self.tuning.protecting
+                if protecting is not None and kind == "fused" and done.losses:
+                    protecting.record(start, model, folder)
 
         name = "finetuned" if kind == "fused" else f"finetuned-{kind}"
         inputs = self.base | {"start": start.key} | self.tuning.inputs(kind)

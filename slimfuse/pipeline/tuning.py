@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,13 +13,14 @@ from torch import nn
 from slimfuse.families import Layout
 from slimfuse.finetune.checkpoint import Progress
 from slimfuse.finetune.distill import Fetch, distillation_loss
-from slimfuse.finetune.loop import Loss, Zeros, fit
+from slimfuse.finetune.loop import Constraint, Loss, fit
 from slimfuse.finetune.lora import adapted
 from slimfuse.finetune.schedule import Schedule, steps_of
 from slimfuse.pipeline import held_out, streams
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.journal import Journal
+from slimfuse.pipeline.protecting import Protecting
 from slimfuse.tasks import Samples
 from slimfuse.tasks.changes import mixing
 
@@ -54,8 +56,15 @@ class Tuning:
             inputs["streams"] = streams.stage_of(self._declared).key
         changing = self.spec.augment or self.spec.mixup or self.spec.cutmix
         used = {"peft": self.spec.lora, "timm": changing}
+        if self.protecting is not None:
+            inputs["protected"] = self.protecting.inputs()
         inputs["changed by"] = {name: version(name) for name, why in used.items() if why}
         return inputs
+
+    @cached_property
+    def protecting(self) -> Protecting | None:
+        """What the fused child must not forget, None where the recipe asks for nothing."""
+        return None if self.spec.protect is None else Protecting(self.stages, self.spec.protect)
 
     @property
     def schedule(self) -> Schedule:
@@ -75,17 +84,19 @@ class Tuning:
         *,
         kind: str = "fused",
         schedule: Schedule | None = None,
-        zeros: Zeros | None = None,
+        constraint: Constraint | None = None,
     ) -> Progress:
         """Train a child in place with its teachers, and return how that went.
 
         kind: the start that it comes from, as `Stages.start` knows it; schedule: another one than
-        the recipe's; zeros: weights that stay zero.
+        the recipe's; constraint: what no step may undo.
         """
         plan = self.schedule if schedule is None else schedule
         if not plan.steps:
             return Progress()
         spec, task = self.spec, self.job.task
+        if self.protecting is not None and kind == "fused" and constraint is None:
+            constraint = self.protecting.constraint(self.stages.start(kind), model)
         if spec.freeze_embeddings:
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
@@ -125,7 +136,7 @@ class Tuning:
                 checkpoint=checkpoint,
                 what=what,
                 lengths=None if lengths is None else lengths[places.learnt],
-                zeros=zeros,
+                constraint=constraint,
                 blocks=self._blocks(),
                 validation=judge,
                 compiled=spec.compile,

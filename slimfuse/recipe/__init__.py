@@ -5,7 +5,7 @@ Imports no torch, so that `slimfuse recipe check` answers at once.
 
 from __future__ import annotations
 
-from slimfuse.recipe.finetuning import Distill, Finetune, Validation
+from slimfuse.recipe.finetuning import Distill, Finetune, Protect, Validation
 from slimfuse.recipe.fusing import Anchor, Budget, Fuse, Method, Ot, Plans, Target
 from slimfuse.recipe.inputs import (
     Calibration,
@@ -75,6 +75,7 @@ __all__ = [
     "Parent",
     "Plans",
     "Problem",
+    "Protect",
     "Pruned",
     "Quantize",
     "Recipe",

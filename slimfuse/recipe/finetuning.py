@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from slimfuse.recipe.inputs import Data
 from slimfuse.recipe.matching import EMBEDDING, dig
 from slimfuse.recipe.strict import (
     Augment,
@@ -22,6 +23,8 @@ from slimfuse.recipe.strict import (
 
 PICKED = ("image-classification", "text-classification", "masked-lm", "causal-lm")
 """Tasks whose answers are chances of classes, so that a teacher can be sure or not."""
+CLASSED = ("image-classification", "text-classification")
+"""Tasks whose samples are of one class each."""
 MOST_HELD_OUT = 0.5
 
 
@@ -66,6 +69,36 @@ class Lora(Strict):
 
     rank: Count = Field(8, description="Rank of every adapter, in units.")
     alpha: Positive = Field(16.0, description="Its scale, times the rank.")
+
+
+class Protect(Strict):
+    """Samples on which finetuning leaves the fused child's answers as they are."""
+
+    parents: Several[str] | None = Field(
+        None,
+        description="Names of parents: training samples of the classes that they know are "
+        "protected; null: what `data` gives.",
+    )
+    data: Data | None = Field(
+        None, description="Another source, all of whose training samples may be drawn; null: none."
+    )
+    samples: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        256, description="How many samples are drawn, with the seed of data.calibration."
+    )
+    energy: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.99,
+        description="Share of what the layers read of them that is protected, 0 to 1; at 1 their "
+        "answers don't move at all, below it is a dial between the old and the new.",
+    )
+
+    @classmethod
+    def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
+        """Demand one of parents and data."""
+        given = [key for key in ("parents", "data") if raw.get(key) is not None]
+        if len(given) == 1:
+            return []
+        what = "says what is protected twice" if given else "doesn't say what is protected"
+        return [Finding((), what, allowed="one of parents and data")]
 
 
 class Finetune(Strict):
@@ -126,6 +159,9 @@ class Finetune(Strict):
     compile: bool = Field(
         False, description="Let torch compile the model for training, which needs a C++ compiler."
     )
+    protect: Protect | None = Field(
+        None, description="What the child must not forget in this training; null: nothing."
+    )
     distill: Distill = Field(Distill(), description="The parents as teachers.")
 
 
@@ -139,6 +175,7 @@ def check_finetune(raw: Mapping[str, Any]) -> list[Finding]:
     if dig(spec, "lora") is not None and raw.get("sparsify") is not None:
         what = "would fill the zeros when its adapters are merged"
         findings.append(Finding(("finetune", "lora"), what, allowed="null beside sparsify"))
+    findings += _check_protect(raw)
     if task != "image-classification":
         findings += [
             Finding(("finetune", key), "blends pictures and their labels", allowed="0")
@@ -152,6 +189,25 @@ def check_finetune(raw: Mapping[str, Any]) -> list[Finding]:
     return findings
 
 
+def _check_protect(raw: Mapping[str, Any]) -> list[Finding]:
+    """Return what doesn't go with protected answers."""
+    spec, place = dig(raw, "finetune"), ("finetune", "protect")
+    protect, findings = dig(spec, "protect"), list[Finding]()
+    if protect is None:
+        return []
+    if dig(spec, "lora") is not None:
+        findings.append(Finding(place, "projects all weights, not adapters", allowed="no lora"))
+    if raw.get("sparsify") is not None:
+        what = "doesn't hold where weights become zero"
+        findings.append(Finding(place, what, allowed="null beside sparsify"))
+    several = dig(raw, "data", "label_kind") in ("multi", "regression")
+    sourced = dig(raw, "data", "source") == "vader" and raw.get("task") == "text-classification"
+    if dig(protect, "parents") and (raw.get("task") not in CLASSED or several or sourced):
+        what = "only classes say which samples a parent knows"
+        findings.append(Finding((*place, "parents"), what, allowed="null: give protect.data"))
+    return findings
+
+
 def check_net_finetune(raw: Mapping[str, Any]) -> list[Finding]:
     """Return what in `finetune` plain nets don't know."""
     spec, findings = dig(raw, "finetune"), list[Finding]()
@@ -160,6 +216,9 @@ def check_net_finetune(raw: Mapping[str, Any]) -> list[Finding]:
         findings.append(Finding(("finetune", "distill", "hidden"), what, allowed="0"))
     if dig(spec, "lora") is not None:
         findings.append(Finding(("finetune", "lora"), "is of transformers' blocks", allowed="null"))
+    if dig(spec, "protect") is not None:
+        what = "is of transformers: normalisation by batches would move all answers"
+        findings.append(Finding(("finetune", "protect"), what, allowed="null"))
     if dig(spec, "layer_decay") is not None:
         what = "counts transformers' blocks"
         findings.append(Finding(("finetune", "layer_decay"), what, allowed="null"))

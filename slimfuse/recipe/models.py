@@ -171,7 +171,10 @@ class Recipe(Strict):
 
         And a target's size, but for method keep, which has its parent's.
         """
-        places = (("finetune", "distill", "teachers"), ("fuse", "parents"))
+        places = (
+            ("finetune", "distill", "teachers"), ("fuse", "parents"),
+            ("finetune", "protect", "parents"),
+        )  # fmt: skip
         findings = check_names(raw, RESERVED_NAMES, places) + check_task(raw)
         target = raw.get("target")
         sized = any(dig(target, key) is not None for key in Target.model_fields)

@@ -6,6 +6,7 @@ from slimfuse.report.rows import (
     STAGES,
     Figure,
     FileSize,
+    Finding,
     GateResult,
     Latency,
     LayerZeros,
@@ -19,7 +20,7 @@ from slimfuse.report.rows import (
 )
 from slimfuse.report.sweep_page import render_sweep, sweep_table
 from slimfuse.report.sweep_rows import Candidate, Search, SweepReport, Trial
-from slimfuse.report.table import console_table
+from slimfuse.report.table import console_table, finding_table
 from slimfuse.report.verdict import verdict
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Candidate",
     "Figure",
     "FileSize",
+    "Finding",
     "GateResult",
     "Latency",
     "LayerZeros",
@@ -41,6 +43,7 @@ __all__ = [
     "accuracy_latency",
     "console_table",
     "draw",
+    "finding_table",
     "from_json",
     "render_html",
     "render_sweep",

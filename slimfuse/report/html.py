@@ -50,6 +50,7 @@ def render_html(report: Report) -> str:
         unplotted=_unplotted(report),
         speedups=_speedups(report),
         groups=_groups(report.pictures),
+        found=[(g, list(f)) for g, f in groupby(report.findings, key=lambda f: f.group)],
         tree=tree(report.settings),
         passed=sum(gate.passed for gate in report.gates),
         environment=sorted(report.environment.items()),

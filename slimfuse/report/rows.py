@@ -159,11 +159,40 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """A table that ends in a decision. columns, rows: texts, the first column names the row.
+
+    conditions: samples, seeds, what the figures are; decision: what follows, in a sentence or two;
+    group: the heading it stands under.
+
+    Raises: SlimfuseError when a row is not as long as the columns.
+    """
+
+    title: str
+    conditions: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    decision: str
+    group: str = "why"
+
+    def __post_init__(self) -> None:
+        odd = [row[:1] for row in self.rows if len(row) != len(self.columns)]
+        if odd or not self.columns:
+            raise SlimfuseError(
+                "a table's rows don't fit its columns",
+                where=self.title,
+                got=odd,
+                allowed=self.columns,
+            )
+
+
+@dataclass(frozen=True)
 class Report:
     """All that one run measured. Row names are unique: speed-ups refer to rows by name.
 
     settings: the recipe lock. timings: seconds per stage of the run. metric: the one to lead with,
-    "" for the first by name. zeros, sizes: the layers of a sparse child, and its files.
+    "" for the first by name. zeros, sizes: the layers of a sparse child, and its files. findings:
+    tables of diagnostics, by group.
 
     Raises: SlimfuseError when two rows share a name or a speed-up names no row.
     """
@@ -183,6 +212,7 @@ class Report:
     metric: str = ""
     zeros: tuple[LayerZeros, ...] = ()
     sizes: tuple[FileSize, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", plain(self.settings))

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimfuse.report import words
-from slimfuse.report.rows import Report, Row
+from slimfuse.report.rows import Finding, Report, Row
 from slimfuse.report.verdict import headline, primary_metric, reference, speedup_of
 
 
@@ -41,6 +41,19 @@ def console_table(report: Report, *, width: int | None = None) -> Table:
         cells += [_p50(row, threads, batch) for threads, batch in report.conditions]
         cells.append(_speedup(report, row, base, at))
         table.add_row(*[Text(cell) for cell in cells])
+    return table
+
+
+def finding_table(finding: Finding) -> Table:
+    """Return a table of diagnostics, its conditions above and what follows from it below."""
+    table = Table(title=Text(f"{finding.title}\n{finding.conditions}"), box=box.SIMPLE_HEAD)
+    table.title_justify, table.caption_justify = "left", "left"
+    table.pad_edge, table.show_edge = False, False
+    table.caption = Text(finding.decision)
+    for place, name in enumerate(finding.columns):
+        table.add_column(Text(name), justify="right" if place else "left", overflow="fold")
+    for row in finding.rows:
+        table.add_row(*[Text(cell) for cell in row])
     return table
 
 

@@ -45,7 +45,7 @@ def train(
     schedule = Schedule(STEPS, batch_size=5, lr=5e-2, weight_decay=0.5, ema=ema, seed=3)
     return fit(
         model, what, SAMPLES, schedule, precision="fp32", checkpoint=folder / "c.safetensors",
-        what="testing", zeros=zeros,
+        what="testing", constraint=zeros,
     ).losses  # fmt: skip
 
 
