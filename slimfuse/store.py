@@ -23,6 +23,7 @@ from slimfuse.processes import ALONE, Team
 MANIFEST = "manifest.json"
 LOCK, LOG = "recipe.lock.yaml", "log.jsonl"
 RESULTS = ("report.json", "report.html", "model")
+HELD = ".held"  # the folder of the locks of a crowded store's stages
 KEY_LENGTH = 16
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINTS = "checkpoint*.safetensors"
@@ -56,11 +57,20 @@ class Store:
     without that suffix is finished by construction. Of what a killed run left in the partial
     folder only checkpoints stay for the next one, which may go on from them. In several processes
     (`team`) the main one writes, and all have to ask for the same stages in the same order.
-    among: a store whose stages this one shares; its results are its own.
+    among: a store whose stages this one shares; its results are its own. crowded: whether other
+    processes build stages here at the same time: each stage is then held while it is built.
     """
 
-    def __init__(self, root: Path, among: Store | None = None, team: Team = ALONE) -> None:
+    def __init__(
+        self,
+        root: Path,
+        among: Store | None = None,
+        team: Team = ALONE,
+        *,
+        crowded: bool = False,
+    ) -> None:
         self.root = root
+        self.crowded: bool = crowded if among is None else among.crowded
         self.team: Team = team if among is None else among.team
         self.stages: Path = root / "stages" if among is None else among.stages
         # by key: files are hashed once a process
@@ -99,24 +109,41 @@ class Store:
         if key in self._checked:
             return self._use(self._checked[key])
         final = self.stages / f"{name}-{key}"
-        manifest = self.team.told(lambda: self._manifest(final))
-        if manifest is None:
-            making = _Making(self, name, key, inputs, final)
-            with writing(self.stages.parent):
-                if together:
-                    self.team.told(making.begin)
-                    build(making.partial)
-                    self.team.wait()
-                    manifest = self.team.told(making.finish)
-                else:
-                    manifest = self.team.told(lambda: making.whole(build))
-            self.log(name, "done", key=key, seconds=manifest["seconds"])
-        else:
-            self.log(name, "cached", key=key)
+        with self._holding(final.name):
+            manifest = self.team.told(lambda: self._manifest(final))
+            if manifest is None:
+                making = _Making(self, name, key, inputs, final)
+                with writing(self.stages.parent):
+                    if together:
+                        self.team.told(making.begin)
+                        build(making.partial)
+                        self.team.wait()
+                        manifest = self.team.told(making.finish)
+                    else:
+                        manifest = self.team.told(lambda: making.whole(build))
+                self.log(name, "done", key=key, seconds=manifest["seconds"])
+            else:
+                self.log(name, "cached", key=key)
         stage = Stage(name, key, final, manifest["files"], float(manifest["seconds"]))
         if self.team.size == 1 or not self.team.alone:  # the others know of it, too
             self._checked[key] = stage
         return self._use(stage)
+
+    @contextmanager
+    def _holding(self, name: str) -> Iterator[None]:
+        """Hold a stage in a crowded store, waiting for another process that builds it."""
+        if not self.crowded:
+            yield
+            return
+        folder = self.stages.parent / HELD
+        with writing(self.stages.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            held = FileLock(folder / name)
+            held.acquire()
+        try:
+            yield
+        finally:
+            held.release()
 
     def _use(self, stage: Stage) -> Stage:
         self._used[stage.key] = stage
@@ -198,22 +225,22 @@ class Store:
             file.write(json.dumps(line) + "\n")
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run folder; raises StorageError when another run does."""
+    def lock(self, wait: float = 0.0) -> Iterator[None]:
+        """Hold the run folder; raises StorageError when another run does, after `wait` seconds."""
         held: list[FileLock] = []
-        self.team.told(lambda: held.append(self._acquired()))
+        self.team.told(lambda: held.append(self._acquired(wait)))
         try:
             yield
         finally:
             for lock in held:
                 lock.release()
 
-    def _acquired(self) -> FileLock:
+    def _acquired(self, wait: float) -> FileLock:
         with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.root / ".lock")
             try:
-                lock.acquire(timeout=0)
+                lock.acquire(timeout=wait)
             except Timeout as error:
                 raise StorageError(
                     "another slimfuse process works in this run folder",

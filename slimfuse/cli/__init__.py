@@ -221,6 +221,14 @@ def sweep_recipe(
         ),
     ] = None,
     trials: Annotated[int, typer.Option(min=0, help="Trials of the search, per candidate.")] = 0,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Make the candidates on a Ray cluster: HOST:PORT, auto for the one of this "
+            "machine, or local for this machine's processors.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder (default runs/NAME-sweep).")
     ] = None,
@@ -230,8 +238,9 @@ def sweep_recipe(
         from slimfuse.pipeline import sweep
 
     found = sweep(
-        recipe, vary=tuple(options or ()), search=tuple(search or ()), trials=trials, out=out
-    )
+        recipe, vary=tuple(options or ()), search=tuple(search or ()), trials=trials, ray=ray,
+        out=out,
+    )  # fmt: skip
     _show_sweep(found)
 
 

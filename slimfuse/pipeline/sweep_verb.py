@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from slimfuse import __version__
+from slimfuse.cluster import check_address
 from slimfuse.errors import CheckFailed, UserError
 from slimfuse.pipeline.candidates import EXAMPLE, FOLDER, Candidate, candidates, every, sharing
 from slimfuse.pipeline.common import BaseJob
@@ -28,6 +29,7 @@ from slimfuse.pipeline.run import (
     write_lock,
 )
 from slimfuse.pipeline.search import axes_of, check_space
+from slimfuse.pipeline.sweep_machines import across
 from slimfuse.pipeline.sweep_report import make_sweep_report
 from slimfuse.pipeline.sweep_search import Trials, searched, trials_of
 from slimfuse.pipeline.sweep_timing import time_together
@@ -80,6 +82,7 @@ def sweep(
     overrides: Sequence[str] = (),
     search: Sequence[str] = (),
     trials: int = 0,
+    ray: str | None = None,
     out: str | Path | None = None,
 ) -> Sweep:
     """Run a recipe with every combination of some keys' values, and compare what comes out.
@@ -90,6 +93,8 @@ def sweep(
     many trials on held-out training samples (Optuna); the best ones are then run and measured on
     the test set. Where a key of the target is searched, the trials that no other one beats in
     quality and parameters become candidates.
+    ray: `HOST:PORT` of a Ray cluster whose machines make the candidates and share the files here,
+    `auto` for the cluster of this machine, `local` for this machine's processors.
     Parents, teachers' answers and prepared samples are shared; every candidate ends as a run of its
     own in out/candidates (default out: runs/NAME-sweep), its latency measured in turns with all
     others'. Of the candidates that pass the recipe's gates the fastest is picked, else the best
@@ -100,6 +105,8 @@ def sweep(
     quiet()
     path = Path(recipe)
     asked, axes = candidates(vary, overrides), axes_of(search, trials)
+    if ray is not None:
+        check_address(ray)
     if len(asked) < 2 and not axes:
         raise UserError(
             "nothing varies: a sweep needs two candidates or more",
@@ -108,7 +115,16 @@ def sweep(
             allowed=f"KEY=V1,V2, as in {EXAMPLE}",
             hint="one run is made by slimfuse compress",
         )
-    store = Store(Path(out) if out is not None else Path("runs") / f"{_name(path, asked)}-sweep")
+    if axes and ray is not None:  # each trial is chosen by what the ones before it found
+        raise UserError(
+            "a search doesn't run on Ray yet",
+            where="--ray",
+            got="--search",
+            allowed="one of the two",
+            hint="search first, then sweep the values that it found with --set and --ray",
+        )
+    root = Path(out) if out is not None else Path("runs") / f"{_name(path, asked)}-sweep"
+    store = Store(root, crowded=ray is not None)
     store.check_ours(LOCK, RESULTS)
     entries = opened(path, asked, store)
     lock = _lock(entries, vary, overrides, search, trials)
@@ -129,7 +145,8 @@ def sweep(
         if sought:
             asked, searches = searched(sought, trials)
             entries = opened(path, asked, store)
-        return _run(entries, store, path, command, searches)
+        broken = {} if ray is None else across(entries, store, path, ray)
+        return _run(entries, store, path, command, searches, broken)
 
 
 def opened(path: Path, asked: Sequence[Candidate], store: Store) -> list[Entry]:
@@ -162,9 +179,9 @@ def _loaded(path: Path, one: Candidate, more: Sequence[str]) -> None:
     load_located(path, (*one.overrides, *more))
 
 
-def made_of(entry: Entry) -> Made:
-    """Make and measure one candidate's models, as far as isn't done yet."""
-    with entry.store.lock():
+def made_of(entry: Entry, wait: float = 0.0) -> Made:
+    """Make and measure one candidate's models, as far as isn't done yet; wait: for its folder."""
+    with entry.store.lock(wait):
         write_lock(lock_text(entry.job), entry.store)
         try:
             return make(entry.job, entry.store, entry.plan)
@@ -179,6 +196,7 @@ def _run(
     path: Path,
     command: str,
     searches: Sequence[Search] = (),
+    broken: Mapping[str, CheckFailed] | None = None,
 ) -> Sweep:
     made: dict[str, Made] = {}
     failed: dict[str, str] = {}
@@ -187,6 +205,8 @@ def _run(
             name = entry.candidate.name
             console.print(f"candidate {number} of {len(entries)}: {name}", markup=False)
             try:
+                if broken and name in broken:
+                    raise broken[name]
                 made[name] = made_of(entry)
             except CheckFailed as error:  # a failure is a figure, not the end
                 failed[name] = f"{name} is left out: {error.what}" + (
