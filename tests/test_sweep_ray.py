@@ -59,6 +59,7 @@ def forked(
     _address: str, entry: str, calls: Mapping[str, Mapping[str, Any]], **more: Any
 ) -> Iterator[Answer]:
     """Answer as a cluster would whose machines are forks of this process."""
+    more["before"]()
     for name, given in calls.items():
         complaints = Path(more["log"]).with_name("complaints")
 
@@ -116,7 +117,8 @@ def test_a_machine_with_another_recipe_refuses(
 ) -> None:
     told: list[dict[str, Any] | None] = []
 
-    def altered(_: str, entry: str, calls: Mapping[str, Any], **__: Any) -> Iterator[Answer]:
+    def altered(_: str, entry: str, calls: Mapping[str, Any], **more: Any) -> Iterator[Answer]:
+        more["before"]()
         given = calls[NAMES[0]] | {"overrides": ["finetune.epochs=3"]}
         here = Path.cwd()
         told.append(answer(entry, given))
@@ -221,7 +223,10 @@ job = json.loads(sys.stdin.readline())
 print("chatter", file=sys.stderr)
 for event in job["calls"]["told"]:
     print(json.dumps(event), flush=True)
+    if event["event"] == "joined":
+        assert sys.stdin.readline() == "go\\n"
 """
+JOINED: dict[str, Any] = {"event": "joined", "nodes": ["n"]}
 DONE = {"event": "answer", "name": "a", "node": "n", "error": None}
 
 
@@ -229,7 +234,7 @@ DONE = {"event": "answer", "name": "a", "node": "n", "error": None}
     ("told", "match"),
     [
         ([DONE, {"event": "end"}], None),
-        ([{"event": "joined", "nodes": ["n"]}, {"event": "gone", "node": "n"}, DONE], "is lost"),
+        ([{"event": "gone", "node": "n"}, DONE], "is lost"),
         ([DONE, {"event": "failed", "error": cluster.packed(UserError("too small"))}], "too small"),
     ],
 )
@@ -240,11 +245,13 @@ def test_the_courier_is_heard_until_it_ends_or_is_lost(
     script = tmp_path / "courier.py"
     script.write_text(COURIER)
     monkeypatch.setattr(calling.courier, "__file__", str(script))
+    prepared: list[int] = []
     found = calling.answered(
-        "auto", "no:where", {"told": told}, needs=calling.Needs(1), hello=("no:where", {}),  # type: ignore[dict-item]
-        seen=[], log=tmp_path / "ray.log",
+        "auto", "no:where", {"told": [JOINED, *told]},  # type: ignore[dict-item]
+        needs=calling.Needs(1), hello=("no:where", {}), seen=[],
+        before=lambda: prepared.append(1), log=tmp_path / "ray.log",
     )  # fmt: skip
-    assert next(found) == Answer("a", "n", None)
+    assert next(found) == Answer("a", "n", None) and prepared == [1]
     if match is None:
         assert list(found) == []
     else:

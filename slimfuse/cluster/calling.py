@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,6 +70,7 @@ def answered(
     needs: Needs,
     hello: tuple[str, Mapping[str, Any]],
     seen: Sequence[tuple[Path, str]],
+    before: Callable[[], None],
     log: Path,
 ) -> Generator[Answer, None, None]:
     """Call `entry` once for each of `calls` on a Ray cluster, and yield the answers as they come.
@@ -77,9 +78,10 @@ def answered(
     address: see `check_address`. entry: `module:function`; calls: its keywords, JSON values, by the
     calls' names. A call whose worker or machine dies is made again, so it has to go on from what
     it left. hello: another function, called once on every machine before any work. seen: files and
-    the text that each has to hold on every machine. log: where Ray's own words go. Leaving the
-    iterator ends the calls. Raises UserError where the cluster can't be joined, a machine doesn't
-    fit, or the cluster is lost.
+    the text that each has to hold on every machine. before: work here that the calls need, done
+    when all machines are known to fit. log: where Ray's own words go. Leaving the iterator ends the
+    calls. Raises UserError where the cluster can't be joined, a machine doesn't fit, or the cluster
+    is lost.
     """
     wants = {"CPU": float(needs.cpus)} | ({"GPU": float(needs.gpus)} if needs.gpus else {})
     job = {
@@ -87,12 +89,16 @@ def answered(
         "seen": [(str(path), text) for path, text in seen], "log": str(log),
     }  # fmt: skip
     with _courier(job, log) as process:
-        assert process.stdout is not None
+        assert process.stdin is not None and process.stdout is not None
         for line in process.stdout:
             event = json.loads(line)
             match event["event"]:
                 case "joined":
                     console.print(f"  on Ray: {'; '.join(event['nodes'])}", markup=False)
+                    before()
+                    with suppress(BrokenPipeError):  # lost meanwhile: its output ends, too
+                        process.stdin.write("go\n")
+                        process.stdin.flush()
                 case "gone":
                     told = f"  a machine is gone: {event['node']}; Ray starts its candidates again"
                     console.print(told, markup=False)
@@ -129,7 +135,8 @@ def _courier(job: Mapping[str, Any], log: Path) -> Iterator[subprocess.Popen[str
         process.stdin.flush()
         yield process
     finally:
-        process.stdin.close()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         try:
             process.wait(PARTING)
         except subprocess.TimeoutExpired:

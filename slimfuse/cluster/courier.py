@@ -1,8 +1,8 @@
 """The process that joins a Ray cluster, hands out calls and tells what comes of them.
 
-Run as a script, it imports nothing of slimfuse. Its standard input is one line of JSON, and stays
-open for as long as its parent lives; events go to its standard output, a line of JSON each. What
-Ray prints goes to a file.
+Run as a script, it imports nothing of slimfuse. Its standard input is one line of JSON, another
+line when the calls may begin, and stays open for as long as its parent lives; events go to its
+standard output, a line of JSON each. What Ray prints goes to a file.
 """
 
 from __future__ import annotations
@@ -232,11 +232,13 @@ def main() -> int:
         events.write(json.dumps({"event": event, **more}) + "\n")
         events.flush()
 
-    threading.Thread(target=_follow, args=(sys.stdin,), daemon=True).start()
     try:
         join(job["address"], job["log"])
         session = Session(job, tell)
         session.greet()
+        if not sys.stdin.readline():  # the parent is gone
+            return 1
+        threading.Thread(target=_follow, args=(sys.stdin,), daemon=True).start()
         session.run()
         with contextlib.suppress(Exception):
             session.ray.shutdown()

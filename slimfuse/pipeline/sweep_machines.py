@@ -10,6 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,10 +40,6 @@ def across(
 
     Raises the first other error of a candidate, which ends the others.
     """
-    for entry in entries:
-        with entry.store.lock(WAIT):
-            write_lock(lock_text(entry.job), entry.store)
-    make_shared(entries)
     root, recipe, threads = store.root.resolve(), path.resolve(), entries[0].job.threads
     calls = {
         entry.candidate.name: {
@@ -60,7 +57,7 @@ def across(
             address, f"{TASK}:make_candidate", calls,
             needs=Needs(threads, int(torch.cuda.is_available())), hello=(f"{TASK}:hello", {}),
             seen=[(mark, text), (recipe, recipe.read_text(encoding="utf-8"))],
-            log=root / LOG,
+            before=partial(make_shared, entries), log=root / LOG,
         )  # fmt: skip
         with closing(answers), track("candidates", len(calls)) as tell:
             for number, answer in enumerate(answers, 1):
@@ -78,10 +75,13 @@ def across(
 
 
 def make_shared(entries: Sequence[Entry]) -> None:
-    """Make what several candidates have in common and no candidate's own settings change.
+    """Write each candidate's lock, and make what several have in common before their own work.
 
     That is: parents, their answers and their ONNX files.
     """
+    for entry in entries:
+        with entry.store.lock(WAIT):
+            write_lock(lock_text(entry.job), entry.store)
     alike: dict[str, list[Entry]] = {}
     for entry in entries:
         parents = [parent.model_dump(mode="json") for parent in entry.job.recipe.parents]
