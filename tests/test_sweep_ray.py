@@ -45,13 +45,13 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     path = write_recipe(root / "tiny.yaml", spec())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(package, "verify", lambda *_, **__: None)
+        patch.setattr(story, "render_html", lambda _report: "<html>")  # drawing takes a second
         yield path, sweep(path, vary=VARY, out=root / "out")
 
 
 @pytest.fixture
-def copied(swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def copied(swept: Swept, tmp_path: Path) -> Path:
     """A copy of the finished sweep's folder."""
-    monkeypatch.setattr(story, "render_html", lambda _report: "<html>")  # drawing takes a second
     return Path(shutil.copytree(swept[1].folder, tmp_path / "copy"))
 
 
@@ -268,6 +268,7 @@ def test_the_courier_is_heard_until_it_ends_or_is_lost(
 def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A Ray cluster of a head without processors and two machines of one, on 127.0.0.1 alone."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else a token is written to the home folder
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster

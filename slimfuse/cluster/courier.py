@@ -77,15 +77,10 @@ class Failed(Exception):
         self.values = {"kind": "UserError", "code": 2, "what": what, **parts, **more}
 
 
-def join(address: str, folder: str) -> None:
+def join(address: str, log: str) -> None:
     """Join a cluster, or start one of this machine's processors."""
     import ray
 
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if address == "local":
-        # strings are all that is carried: the store of objects may be small
-        ray.init(address="local", include_dashboard=False, object_store_memory=2**27, **quiet)
-        return
     host, _, port = address.rpartition(":")
     if port.isdecimal():  # Ray itself would try for minutes
         try:
@@ -97,17 +92,26 @@ def join(address: str, folder: str) -> None:
                 got=f"{address} ({error.strerror or error})",
                 hint="start one: ray start --head --port 6379",
             ) from error
+    own: dict[str, Any] = {}
+    if address == "local":  # strings are all that is carried: the store of objects may be small
+        own = {"include_dashboard": False, "object_store_memory": 2**27}
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
     except ConnectionError as error:
         raise Failed(
-            "no Ray cluster can be joined", where="--ray", got=address,
+            "no Ray cluster can be joined",
+            where="--ray",
+            got=address,
             allowed="HOST:PORT of a cluster, auto for the one of this machine, or local",
-            hint=f"start one: ray start --head --port 6379 (Ray's words are in {folder})",
-        ) from error  # fmt: skip
-    except RuntimeError as error:  # another version of Ray or Python
-        said = " ".join(str(error).split())[:300]
-        raise Failed("the Ray cluster can't be joined", where="--ray", got=said) from error
+            hint=f"start one: ray start --head --port 6379 (Ray's words are in {log})",
+        ) from error
+    except Exception as error:  # another version, no token, too slow a start: each its own class
+        raise Failed(
+            f"a Ray cluster can't be {'started' if own else 'joined'}",
+            where="--ray",
+            got=f"{address} ({' '.join(str(error).split())[:300]})",
+            hint=f"Ray's words are in {log}",
+        ) from error
 
 
 class Session:
