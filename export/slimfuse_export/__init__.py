@@ -10,6 +10,15 @@ from slimfuse_export.folder import CheckResult, check_folder
 from slimfuse_export.graph import check_dims, check_graph, model_bytes
 from slimfuse_export.inputs import make_inputs, resize_batch
 from slimfuse_export.latency import BenchResult, Key, Latency, Ratio, bootstrap_ratio
+from slimfuse_export.metadata import (
+    Metadata,
+    Provenance,
+    min_onnxruntime,
+    read_metadata,
+    stamp,
+    stamp_file,
+)
+from slimfuse_export.optimization import Optimized, Trial, optimize_folder
 from slimfuse_export.parity import (
     Case,
     Parity,
@@ -37,10 +46,14 @@ __all__ = [
     "ExportError",
     "Key",
     "Latency",
+    "Metadata",
+    "Optimized",
     "Parity",
+    "Provenance",
     "QuantizationPlan",
     "Quantized",
     "Ratio",
+    "Trial",
     "bench",
     "bootstrap_ratio",
     "check_dims",
@@ -52,11 +65,16 @@ __all__ = [
     "int8_saturates",
     "load_reference",
     "make_inputs",
+    "min_onnxruntime",
     "model_bytes",
     "open_session",
+    "optimize_folder",
     "quantization_plan",
     "quantize_dynamic_int8",
+    "read_metadata",
     "resize_batch",
     "run_session",
     "save_reference",
+    "stamp",
+    "stamp_file",
 ]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from slimfuse_export.errors import CheckFailed, ExportError
 from slimfuse_export.graph import check_dims, check_graph
 from slimfuse_export.inputs import make_inputs, resize_batch
-from slimfuse_export.parity import Case, compare, load_reference
+from slimfuse_export.parity import Case, check_cases, compare, load_reference
 from slimfuse_export.sessions import open_session, run_session
 
 MODEL = Path("onnx/model.onnx")
@@ -135,13 +135,7 @@ def _rows(path: Path, make: Maker, atol: float, rtol: float) -> str:
 
 def _parity(path: Path, cases: Sequence[Case], atol: float, rtol: float) -> Callable[[], str]:
     def step() -> str:
-        session = open_session(path, threads=1)
-        worst, n = 0.0, 0
-        for index, (inputs, outputs) in enumerate(cases):
-            for name, value in run_session(session, inputs, list(outputs)).items():
-                where = f"case {index}, output {name}"
-                parity = compare(value, outputs[name], atol=atol, rtol=rtol, where=where)
-                worst, n = max(worst, parity.max_abs), n + parity.n
+        worst, n = check_cases(path, cases, atol=atol, rtol=rtol)
         return f"max |Δ| {worst:.2g} over {n} values of {len(cases)} cases"
 
     return step

@@ -13,6 +13,7 @@ from rich.text import Text
 from slimfuse_export.bench import Progress as Tell
 from slimfuse_export.folder import CheckResult
 from slimfuse_export.latency import BenchResult, Ratio, conditions
+from slimfuse_export.optimization import Trial
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
@@ -60,6 +61,18 @@ def show_bench(console: Console, result: BenchResult, ratios: Sequence[Ratio]) -
         console.print(Text(line), soft_wrap=True)
     machine = ", ".join(f"{key} {value}" for key, value in result.environment.items())
     console.print(Text(machine, "dim"), soft_wrap=True)
+
+
+def show_trials(console: Console, trials: Sequence[Trial]) -> None:
+    """Print what was tried, its time over the plain graph's, and why it was kept or not."""
+    colours = {"won": "green", "lost": "", "failed": "red", "skipped": "dim"}
+    wide = max(len(trial.name) for trial in trials)
+    for trial in trials:
+        figures = " ".join(f"{ratio.value:.3f}" for ratio in trial.ratios)
+        console.print(
+            Text(f"{trial.name:{wide}} "), Text(f"{trial.outcome:8}", colours[trial.outcome]),
+            Text(f"{figures:6} {trial.reason}"), sep="", soft_wrap=True,
+        )  # fmt: skip
 
 
 @contextmanager

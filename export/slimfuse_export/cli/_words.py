@@ -13,7 +13,7 @@ from slimfuse_export.folder import INT8, MODEL
 
 Dims = Annotated[
     list[str] | None,
-    typer.Option("--dim", metavar="NAME=SIZE", help="Size of a dynamic dim that is not the batch."),
+    typer.Option("--dim", metavar="NAME=SIZE", help="Size of a dynamic dim, but for the batch."),
 ]
 
 
@@ -62,12 +62,22 @@ def numbers(option: str, text: str) -> list[int]:
         ) from error
 
 
-def sizes(words: Sequence[str] | None) -> dict[str, int]:
-    """Return the sizes of dims, each as NAME=SIZE."""
-    found: dict[str, int] = {}
+def sizes(words: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+    """Return the sizes of dims, each as NAME=SIZE or NAME=SIZE,SIZE."""
+    found: dict[str, tuple[int, ...]] = {}
     for word in words or ():
-        name, _, size = word.partition("=")
-        if not name or not size.isdecimal() or int(size) < 1:
-            raise ExportError("not a dim's size", where="--dim", got=word, allowed="NAME=SIZE")
-        found[name] = int(size)
+        name, _, text = word.partition("=")
+        given = text.split(",")
+        if not name or not all(size.isdecimal() and int(size) >= 1 for size in given):
+            allowed = "NAME=SIZE or NAME=SIZE,SIZE"
+            raise ExportError("not a dim's size", where="--dim", got=word, allowed=allowed)
+        found[name] = tuple(int(size) for size in given)
     return found
+
+
+def single_sizes(words: Sequence[str] | None) -> dict[str, int]:
+    """Return the sizes of dims where each has one."""
+    found = sizes(words)
+    if several := [name for name, given in found.items() if len(given) > 1]:
+        raise ExportError("one size for each dim, please", where="--dim", got=", ".join(several))
+    return {name: given[0] for name, given in found.items()}

@@ -16,7 +16,7 @@ import slimfuse_export
 from slimfuse_export._files import replacing
 from slimfuse_export.bench import bench as run_bench
 from slimfuse_export.cli import _show
-from slimfuse_export.cli._words import Dims, model_files, name_models, numbers, sizes
+from slimfuse_export.cli._words import Dims, model_files, name_models, numbers, single_sizes, sizes
 from slimfuse_export.environment import environment
 from slimfuse_export.errors import CheckFailed, ExportError
 from slimfuse_export.folder import check_folder
@@ -36,7 +36,7 @@ def check(
     rtol: Annotated[float, typer.Option(help="Relative tolerance of float outputs.")] = 1e-3,
 ) -> None:
     """Open a folder from its files alone and check what deployment relies on."""
-    results = check_folder(folder, atol=atol, rtol=rtol, dims=sizes(dim))
+    results = check_folder(folder, atol=atol, rtol=rtol, dims=single_sizes(dim))
     _show.show_checks(Console(), results)
     if failed := [result.name for result in results if not result.passed]:
         raise CheckFailed(
