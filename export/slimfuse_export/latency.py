@@ -16,6 +16,7 @@ NOISY_SPREAD = 1.5  # p90 over p50 on a quiet machine is below 1.2
 CONTROL_WIDTH = 0.1  # of the interval of a model's ratio to itself
 CONTROL_LEVEL = 0.99  # at 95 %, one of twenty quiet machines would be called noisy
 AGAIN = " (again)"
+_VALUES_AT_ONCE = 10**6  # of resampled times, 24 MB
 
 
 class Key(NamedTuple):
@@ -175,13 +176,13 @@ class BenchResult:
             return f"machine too noisy: p90 above {NOISY_SPREAD} × p50 of {', '.join(uneven)}"
         return ""
 
-    def ratios(self, base: str, *, seed: int = 0) -> list[Ratio]:
-        """Return every other model's ratio to `base`, at each threads, batch and dims."""
+    def ratios(self, base: str, *, other: str | None = None, seed: int = 0) -> list[Ratio]:
+        """Return every other model's ratio to `base`, or one's, at each threads, batch and dims."""
         return [
             self.ratio(base, key.name, threads=key.threads, batch=key.batch, dims=key.dims,
                        seed=seed)
             for key in self.samples
-            if key.name != base and not key.name.endswith(AGAIN)
+            if key.name != base and not key.name.endswith(AGAIN) and other in (None, key.name)
         ]  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -216,9 +217,11 @@ def bootstrap_ratio(
     block = max(1, round(n ** (1 / 3)))
     offsets = np.arange(block)
     ratios = np.empty(resamples)
-    for index in range(resamples):
-        starts = rng.integers(n, size=-(-n // block))
-        rounds = ((starts[:, None] + offsets) % n).ravel()[:n]
-        ratios[index] = np.median(other[rounds]) / np.median(base[rounds])
+    at_once = max(1, _VALUES_AT_ONCE // n)
+    for first in range(0, resamples, at_once):
+        count = min(at_once, resamples - first)
+        starts = rng.integers(n, size=(count, -(-n // block)))
+        rounds = ((starts[:, :, None] + offsets) % n).reshape(count, -1)[:, :n]
+        ratios[first : first + count] = np.median(other[rounds], 1) / np.median(base[rounds], 1)
     low, high = np.quantile(ratios, ((1 - level) / 2, (1 + level) / 2))
     return float(np.median(other) / np.median(base)), float(low), float(high)

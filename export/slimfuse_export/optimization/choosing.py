@@ -152,7 +152,7 @@ def _foreign(model: onnx.ModelProto) -> set[str]:
 
 
 def _judged(trial: Trial, result: BenchResult, min_gain: float) -> Trial:
-    ratios = tuple(r for r in result.ratios(PLAIN) if r.other == trial.name)
+    ratios = tuple(result.ratios(PLAIN, other=trial.name))
     reason = _why_not(ratios, min_gain)
     outcome: Outcome = "lost" if reason else "won"
     gain = max(r.value for r in ratios)
