@@ -14,6 +14,7 @@ from slimfuse_export.bench import Progress as Tell
 from slimfuse_export.folder import CheckResult
 from slimfuse_export.latency import BenchResult, Ratio, conditions
 from slimfuse_export.optimization import Trial
+from slimfuse_export.quantization import Quantization
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
@@ -73,6 +74,27 @@ def show_trials(console: Console, trials: Sequence[Trial]) -> None:
             Text(f"{trial.name:{wide}} "), Text(f"{trial.outcome:8}", colours[trial.outcome]),
             Text(f"{figures:6} {trial.reason}"), sep="", soft_wrap=True,
         )  # fmt: skip
+
+
+def show_attempts(console: Console, done: Quantization, loss: str) -> None:
+    """Print every quantised file that was made, and why the mode was chosen."""
+    console.print(
+        table(
+            ("mode", "products float", "bytes", loss, "time", ""),
+            [
+                (
+                    attempt.mode,
+                    str(len(attempt.kept_float)),
+                    f"{attempt.bytes:,}",
+                    f"{attempt.loss:.2%}",
+                    f"× {attempt.ratio.value:.2f}" if attempt.ratio else "",
+                    "" if attempt.good_enough else Text("too much", "yellow"),
+                )
+                for attempt in done.attempts
+            ],
+        )
+    )
+    console.print(Text(f"mode: {done.reason}"), soft_wrap=True)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from slimfuse_export.cli._words import Dims, model_files, name_models, numbers, 
 from slimfuse_export.environment import environment
 from slimfuse_export.errors import CheckFailed, ExportError
 from slimfuse_export.folder import check_folder
-from slimfuse_export.quantize import int8_saturates, quantization_plan
+from slimfuse_export.quantization import int8_saturates, quantization_plan
 
 
 def add(app: typer.Typer) -> None:

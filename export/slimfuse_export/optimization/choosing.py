@@ -94,10 +94,10 @@ def optimize_folder(
 
     A candidate must be accepted by onnx.checker, use standard or com.microsoft operators only,
     keep inputs and outputs, and agree with onnx/samples.npz (with the plain graph on random inputs
-    where there is none). All that do are timed in turns with the plain graph; one wins where the
-    whole 95 % interval of the ratio is below 1 and the gain is at least `min_gain`, at every
-    number of threads and batch size. The best is timed once more, alone with the plain graph,
-    because the best of many is partly lucky.
+    where there is none). All that do are timed in turns with the plain graph; one wins where it is
+    surely faster (`Ratio.verdict`) and the gain is at least `min_gain`, at every number of threads
+    and batch size. The best is timed once more, alone with the plain graph, because the best of
+    many is partly lucky.
     replace: the winner becomes onnx/model.onnx, but for graphs made for this machine; else it is
     written beside, as onnx/model_optimized.onnx. dims: see `make_inputs`.
     Raises: ExportError for a missing or corrupt folder.
@@ -167,9 +167,9 @@ def _why_not(ratios: Sequence[Ratio], min_gain: float) -> str:
     worst = max(ratios, key=lambda r: r.value)
     if noise := next((r.noise for r in ratios if r.noisy), ""):
         return f"no verdict: {noise}"
-    if worst.low > 1:
+    if worst.verdict == "slower":
         return f"slower: {worst.value:.3f} × the plain graph's time"
-    if any(r.high >= 1 for r in ratios):
+    if any(r.verdict != "faster" for r in ratios):
         return f"no difference that is sure: 95 % {worst.low:.3f}–{worst.high:.3f}"
     if worst.value > 1 - min_gain:
         return f"gains {1 - worst.value:.1%}, less than the {min_gain:.0%} asked for"
