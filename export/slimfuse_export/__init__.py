@@ -9,6 +9,7 @@ from slimfuse_export.errors import CheckFailed, ExportError
 from slimfuse_export.folder import CheckResult, check_folder
 from slimfuse_export.graph import check_dims, check_graph, model_bytes
 from slimfuse_export.inputs import make_inputs, resize_batch
+from slimfuse_export.inspecting import ModelFacts, inspect_folder, inspect_model
 from slimfuse_export.latency import BenchResult, Key, Latency, Ratio, bootstrap_ratio
 from slimfuse_export.metadata import (
     Metadata,
@@ -60,6 +61,7 @@ __all__ = [
     "Key",
     "Latency",
     "Metadata",
+    "ModelFacts",
     "Noise",
     "Optimized",
     "Parity",
@@ -80,6 +82,8 @@ __all__ = [
     "distinct_rows",
     "environment",
     "fallbacks",
+    "inspect_folder",
+    "inspect_model",
     "int8_saturates",
     "load_reference",
     "load_rows",

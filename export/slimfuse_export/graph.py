@@ -84,7 +84,7 @@ def check_dims(path: str | os.PathLike[str]) -> dict[str, tuple[int | str, ...]]
     for value in (*graph.input, *graph.output):
         if value.name in weights:  # old graphs list weights among the inputs
             continue
-        shape = tuple(_dim(dim) for dim in value.type.tensor_type.shape.dim)
+        shape = shape_of(value)
         shapes[value.name] = shape
         bad += [f"{value.name}: {problem}" for problem in _problems(shape)]
     if bad:
@@ -96,6 +96,11 @@ def check_dims(path: str | os.PathLike[str]) -> dict[str, tuple[int | str, ...]]
             hint="export with dynamic_shapes that carry names, or rename the dims afterwards",
         )
     return shapes
+
+
+def shape_of(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    """Return the dims of an input or output: a size, or the name of a dynamic one."""
+    return tuple(_dim(dim) for dim in value.type.tensor_type.shape.dim)
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from slimfuse import __version__
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.deployment import DENSE, Deployment, File, batch_of
 from slimfuse.pipeline.job import Job
+from slimfuse.pipeline.lock import provenance
 from slimfuse.pipeline.nets_job import NetJob
 from slimfuse.pipeline.nets_stages import NetStages
 from slimfuse.pipeline.package import build_package, model_card
@@ -157,11 +158,12 @@ def make(job: BaseJob, store: Store, planned: Plan, shared: Shared | None = None
     parents_shown = {p.name: measured[p.name][key] for p in job.parents}
     told = card(job, sparse) if sparse is not None else ""
     readme = model_card(job, training["steps"], parents_shown, shown, __version__, told, chosen)
+    made_of = provenance(job)
     package = store.stage(
         "package",
         {"finetuned": child.key, "onnx": exported.key, "card": readme,
-         "int8": shipped.key if shipped is not None else None},
-        lambda folder: build_package(folder, job, child, exported, shipped, readme),
+         "int8": shipped.key if shipped is not None else None, "made_of": asdict(made_of)},
+        lambda folder: build_package(folder, job, child, exported, shipped, readme, made_of),
     )  # fmt: skip
 
     timed: dict[str, File] = {}
@@ -182,7 +184,7 @@ def make(job: BaseJob, store: Store, planned: Plan, shared: Shared | None = None
         anchor=anchor, parity={**parent_parity, "onnx": parity}, fused=made.fused,
         control=made.control, finetuned=finetuned, sparse=sparse, files=sizes,
         baselines=baselines, starts=starts,
-        exported=exported, int8=int8, int8_dropped=int8 is not shipped, batches=batches,
+        package=package, int8=int8, int8_dropped=int8 is not shipped, batches=batches,
         evidence={name: stages.outputs(p).test for name, p in _named(job).items()}
         | {"finetuned": stages.evidence(child)},
     )  # fmt: skip

@@ -47,7 +47,7 @@ class Measurements:
     baselines: dict[str, Stage]
     starts: dict[str, Figures]
     control: Stage | None
-    exported: Stage
+    package: Stage
     int8: Stage | None
     int8_dropped: bool
     evidence: dict[str, Evidence]
@@ -161,14 +161,14 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
                 Row(made.row, kind, figures(made.row), child.params, child.flops,
                     _size(made.stage.path), note=zeros_note(m.job, m.sparse, made))
             )  # fmt: skip
-    onnx = m.exported.path / "model.onnx"
+    onnx = m.package.path / "onnx" / "model.onnx"
     rows.append(
         Row("onnx", "onnx", figures("onnx"), child.params, child.flops, onnx.stat().st_size,
             timed("onnx"), m.parity["onnx"])
     )  # fmt: skip
     if m.int8 is not None:
-        file = m.int8.path / "model_quantized.onnx"
-        note = ""
+        folder = m.int8.path if m.int8_dropped else m.package.path / "onnx"
+        file, note = folder / "model_quantized.onnx", ""
         if m.int8_dropped:
             note = "not shipped: it loses more than max_drop, decided on the test set"
         elif m.job.recipe.export.quantize.mode == "auto":

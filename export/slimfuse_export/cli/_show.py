@@ -12,6 +12,7 @@ from rich.text import Text
 
 from slimfuse_export.bench import Progress as Tell
 from slimfuse_export.folder import CheckResult
+from slimfuse_export.inspecting import ModelFacts
 from slimfuse_export.latency import BenchResult, Ratio, conditions
 from slimfuse_export.optimization import Trial
 from slimfuse_export.quantization import Quantization
@@ -95,6 +96,34 @@ def show_attempts(console: Console, done: Quantization, loss: str) -> None:
         )
     )
     console.print(Text(f"mode: {done.reason}"), soft_wrap=True)
+
+
+def show_facts(console: Console, name: str, facts: ModelFacts) -> None:
+    """Print what is in a model file."""
+    said = facts.metadata
+    rows = {
+        "size": f"{facts.bytes:,} bytes, {facts.params:,} numbers stored",
+        "stored as": ", ".join(f"{kind} {count:,}" for kind, count in facts.precision.items()),
+        "zeros": f"{facts.zeros:.1%} of the weights",
+        "inputs": "; ".join(f"{n} {list(dims)}" for n, dims in facts.inputs.items()),
+        "outputs": "; ".join(f"{n} {list(dims)}" for n, dims in facts.outputs.items()),
+        "operators": ", ".join(f"{op} {count}" for op, count in facts.operators.items()),
+        "needs": f"opset {facts.opset}, IR {facts.ir_version}, "
+        f"onnxruntime {facts.min_onnxruntime} or newer",
+        "made by": "no metadata" if said is None else " → ".join((said.producer, *said.history)),
+    }
+    if said is not None and said.machine_specific:
+        rows["machine"] = "made for the machine it was optimised on"
+    if said is not None and said.provenance is not None:
+        made_of = said.provenance
+        rows["recipe"] = f"sha256 {made_of.recipe} (recipe.lock.yaml)"
+        for parent, source in made_of.parents.items():
+            licence = made_of.licences.get(parent, "unknown")
+            rows[f"parent {parent}"] = f"{source}, licence {licence}"
+    console.print(Text(name, "bold"))
+    wide = max(map(len, rows))
+    for key, value in rows.items():
+        console.print(Text(f"  {key:{wide}} {value}"), soft_wrap=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Verbs that look and measure: check, bench, doctor."""
+"""Verbs that look and measure: check, inspect, bench, doctor."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from slimfuse_export.cli._words import Dims, model_files, name_models, numbers, 
 from slimfuse_export.environment import environment
 from slimfuse_export.errors import CheckFailed, ExportError
 from slimfuse_export.folder import check_folder
+from slimfuse_export.inspecting import inspect_folder
 from slimfuse_export.quantization import int8_saturates, quantization_plan
 
 
 def add(app: typer.Typer) -> None:
     """Add this module's verbs."""
-    for verb in (check, bench, doctor):
+    for verb in (check, inspect, bench, doctor):
         app.command()(verb)
 
 
@@ -42,6 +43,23 @@ def check(
         raise CheckFailed(
             f"{len(failed)} of {len(results)} checks failed", where=folder, got=", ".join(failed)
         )
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is in a folder's ONNX files, what they need and what they were made of."""
+    facts = inspect_folder(folder)
+    if not facts:
+        raise ExportError("the folder holds no model", where=folder, allowed="onnx/*.onnx")
+    console = Console()
+    if as_json:
+        text = json.dumps({name: one.as_dict() for name, one in facts.items()}, indent=2)
+        typer.echo(text)
+        return
+    for name, one in facts.items():
+        _show.show_facts(console, name, one)
 
 
 def bench(
