@@ -21,6 +21,7 @@ from slimfuse_export.errors import ExportError
 from slimfuse_export.inputs import make_inputs as random_inputs
 from slimfuse_export.latency import AGAIN, BenchResult, Key, Latency, conditions
 from slimfuse_export.measuring.affinity import pinned
+from slimfuse_export.measuring.footprint import Footprint, footprint
 from slimfuse_export.sessions import open_session, run_session
 
 Progress = Callable[[float, str], None]
@@ -114,6 +115,26 @@ def bench(
         del runners  # the sessions' threads and memory go before the next are opened
     latencies = tuple(Latency.of(k, times) for k, times in samples.items() if k.name in models)
     return BenchResult(latencies, samples, environment(), first if control else None)
+
+
+def footprints(
+    models: Mapping[str, Path],
+    *,
+    dims: Mapping[str, int | Sequence[int]] | None = None,
+    threads: Sequence[int] = (1,),
+    batch: Sequence[int] = (1,),
+    seed: int = 0,
+) -> dict[tuple[str, int, str], Footprint]:
+    """Return load time and memory of every model by (name, batch, dims), at the first threads.
+
+    Each is measured in processes of its own, see `footprint`.
+    Raises: as `bench`.
+    """
+    found = {}
+    for (name, path), rows, sizes in product(models.items(), batch, _grid(dims)):
+        inputs = random_inputs(open_session(path, threads=1), rows, dims=sizes, seed=seed)
+        found[name, rows, told_dims(sizes)] = footprint(path, inputs, threads=threads[0])
+    return found
 
 
 def told_dims(sizes: Mapping[str, int]) -> str:

@@ -21,6 +21,7 @@ from slimfuse_export.sessions import open_session, run_session
 
 MODEL = Path("onnx/model.onnx")
 INT8 = Path("onnx/model_quantized.onnx")
+OPTIMIZED = Path("onnx/model_optimized.onnx")
 SAMPLES = Path("onnx/samples.npz")
 
 _ODD_BATCHES = (1, 3, 5)  # none divides another but 1: a batch baked into a Reshape shows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -14,6 +14,8 @@ from slimfuse_export.bench import Progress as Tell
 from slimfuse_export.folder import CheckResult
 from slimfuse_export.inspecting import ModelFacts
 from slimfuse_export.latency import BenchResult, Ratio, conditions
+from slimfuse_export.measuring.agreement import Agreement
+from slimfuse_export.measuring.footprint import Footprint
 from slimfuse_export.optimization import Trial
 from slimfuse_export.quantization import Quantization
 
@@ -38,31 +40,63 @@ def show_checks(console: Console, results: Sequence[CheckResult]) -> None:
 
 def show_bench(console: Console, result: BenchResult, ratios: Sequence[Ratio]) -> None:
     """Print the latencies, the ratios to the first model and the conditions."""
-    console.print(
-        table(
-            ("model", "threads", "batch", "p50 ms", "p90 ms", "p99 ms", "mean ms", "calls", ""),
-            [
-                (
-                    row.name,
-                    str(row.threads),
-                    str(row.batch),
-                    *(f"{ms:.3f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms, row.mean_ms)),
-                    str(row.n),
-                    Text("noisy", "yellow") if row.noisy else "",
-                )
-                for row in result.latencies
-            ],
+    sized = any(row.dims for row in result.latencies)
+    headings = ("model", "threads", "batch", *(["dims"] if sized else []),
+                "p50 ms", "p90 ms", "p99 ms", "rows/s", "calls", "")  # fmt: skip
+    rows = [
+        (
+            row.name,
+            str(row.threads),
+            str(row.batch),
+            *([row.dims] if sized else []),
+            *(f"{ms:.3f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms)),
+            f"{row.throughput:.4g}",
+            str(row.n),
+            Text("noisy", "yellow") if row.noisy else "",
         )
-    )
+        for row in result.latencies
+    ]
+    console.print(table(headings, rows))
     for ratio in ratios:
         line = (
             f"{ratio.other} is {ratio.speedup:.2f}× as fast as {ratio.base} "
             f"(95 % {1 / ratio.high:.2f}–{1 / ratio.low:.2f}×; "
-            f"{conditions(ratio.threads, ratio.batch)}{', noisy' if ratio.noisy else ''})"
+            f"{conditions(ratio.threads, ratio.batch, ratio.dims)}): {ratio.verdict}"
         )
         console.print(Text(line), soft_wrap=True)
     machine = ", ".join(f"{key} {value}" for key, value in result.environment.items())
     console.print(Text(machine, "dim"), soft_wrap=True)
+
+
+def show_footprints(console: Console, used: Mapping[tuple[str, int, str], Footprint]) -> None:
+    """Print load times and memory, each of a process of its own."""
+    if not used:
+        return
+    headings = ("model", "batch", "dims", "load ms", "first call ms", "peak RSS MB", "its own MB")
+    rows = [
+        (name, str(batch), dims, f"{one.load_ms:.0f}", f"{one.first_ms:.1f}",
+         *(f"{size / 1e6:.0f}" if size is not None else "?"
+           for size in (one.peak_rss, one.model_rss)))
+        for (name, batch, dims), one in used.items()
+    ]  # fmt: skip
+    console.print(table(headings, rows))
+
+
+def show_agreements(console: Console, found: Sequence[Agreement]) -> None:
+    """Print the ratios of two measurements, and how far they lie apart."""
+    rows = [
+        (
+            f"{one.other} : {one.base}",
+            conditions(one.threads, one.batch, one.dims),
+            f"{one.first:.3f}",
+            f"{one.second:.3f}",
+            f"{one.difference:.1%}",
+            Text("agrees", "green") if one.agrees else Text("differs", "red"),
+            Text("noisy", "yellow") if one.noisy else "",
+        )
+        for one in found
+    ]
+    console.print(table(("ratio", "at", "first", "second", "apart", "", ""), rows))
 
 
 def show_trials(console: Console, trials: Sequence[Trial]) -> None:

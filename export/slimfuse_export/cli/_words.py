@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from slimfuse_export.errors import ExportError
-from slimfuse_export.folder import INT8, MODEL
+from slimfuse_export.folder import INT8, MODEL, OPTIMIZED
 
 Dims = Annotated[
     list[str] | None,
@@ -28,6 +28,8 @@ def name_models(paths: Sequence[Path]) -> dict[str, Path]:
     if len(set(resolved)) < len(resolved):
         twice = sorted({str(path) for path in paths if resolved.count(path.resolve()) > 1})
         raise ExportError("a model is given twice", got=twice)
+    if not paths:
+        raise ExportError("no model is given", allowed="model folders or .onnx files")
     for depth in range(1, max(len(path.parts) for path in resolved) + 1):
         names = [_name(path, depth) for path in resolved]
         if len(set(names)) == len(names):
@@ -36,7 +38,7 @@ def name_models(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _name(path: Path, depth: int) -> str:
-    ends = {MODEL.parts: (), INT8.parts: ("int8",)}
+    ends = {MODEL.parts: (), INT8.parts: ("int8",), OPTIMIZED.parts: ("optimized",)}
     tail = ends.get(path.parts[-2:])
     root, tail = (path.with_suffix(""), ()) if tail is None else (path.parent.parent, tail)
     return "/".join((*root.parts[1:][-depth:], *tail))
@@ -46,7 +48,7 @@ def model_files(path: Path) -> list[Path]:
     """Return the ONNX files of a folder, or the file itself."""
     if not path.is_dir():
         return [path]
-    found = [path / model for model in (MODEL, INT8) if (path / model).is_file()]
+    found = [path / model for model in (MODEL, OPTIMIZED, INT8) if (path / model).is_file()]
     if not found:
         raise ExportError("the folder holds no model", where=path, allowed=f"{MODEL} or {INT8}")
     return found

@@ -14,8 +14,8 @@ from slimfuse_export._files import replacing
 from slimfuse_export.cli import _show
 from slimfuse_export.cli._words import Dims, numbers, single_sizes
 from slimfuse_export.errors import CheckFailed, ExportError
-from slimfuse_export.folder import INT8, MODEL
-from slimfuse_export.optimization import OPTIMIZED, optimize_folder
+from slimfuse_export.folder import INT8, MODEL, OPTIMIZED
+from slimfuse_export.optimization import optimize_folder
 from slimfuse_export.quantization import (
     MAX_DROP,
     Choice,

@@ -14,7 +14,7 @@ import onnx
 from slimfuse_export._files import replacing
 from slimfuse_export.bench import Progress, bench
 from slimfuse_export.errors import ExportError
-from slimfuse_export.folder import MODEL
+from slimfuse_export.folder import MODEL, OPTIMIZED
 from slimfuse_export.graph import check_dims, check_graph, load_model, model_bytes, save_model
 from slimfuse_export.latency import BenchResult, Ratio
 from slimfuse_export.metadata import CONTRIB, STANDARD, stamp
@@ -22,7 +22,6 @@ from slimfuse_export.optimization.candidates import Candidate, NotTried, candida
 from slimfuse_export.parity import Case, check_cases
 from slimfuse_export.references import reference_cases, rows_of
 
-OPTIMIZED = Path("onnx/model_optimized.onnx")
 PLAIN = "plain"
 MIN_GAIN = 0.02
 Outcome = Literal["won", "lost", "failed", "skipped"]
