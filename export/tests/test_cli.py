@@ -26,12 +26,12 @@ def run(capsys):
 def test_check_says_what_held_and_what_failed(run, finished):
     code, out, err = run("check", finished)
     assert (code, err) == (0, "")
-    assert out.count("ok ") == 12
+    assert out.count("ok ") == 14
     (finished / "config.json").unlink()
     code, out, err = run("check", finished)
     assert code == 3
     assert "FAILED config.json" in out
-    assert "1 of 12 checks failed" in err
+    assert "1 of 14 checks failed" in err
     code, out, err = run("check", finished / "none")
     assert (code, out) == (2, "")
     assert err.startswith("there is no such folder\n  where:")

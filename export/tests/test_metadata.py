@@ -1,12 +1,15 @@
 """What a file says of itself, and that it stays said."""
 
+import hashlib
 import json
 
+import numpy as np
 import onnx
 import pytest
 from slimfuse_export import (
     ExportError,
     Provenance,
+    check_folder,
     inspect_model,
     min_onnxruntime,
     quantize_dynamic_int8,
@@ -127,3 +130,71 @@ def test_inspect_prints_the_provenance(finished, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["inspect", str(finished.parent)])
     assert caught.value.code == 2
+
+
+def failures(folder):
+    return {result.name for result in check_folder(folder) if not result.passed}
+
+
+def test_check_finds_metadata_that_lacks_or_lies(finished):
+    path = finished / "onnx" / "model.onnx"
+    model = onnx.load(str(path))
+    stamp(model, machine_specific=True)
+    onnx.save(model, str(path))
+    assert failures(finished) == {"onnx/model.onnx: metadata"}  # it is the folder's default
+    next(p for p in model.metadata_props if p.key == "slimfuse.opset").value = "21"
+    del model.metadata_props[-1]
+    onnx.save(model, str(path))
+    assert failures(finished) == {"onnx/model.onnx: metadata"}
+    del model.metadata_props[:]
+    onnx.save(model, str(path))
+    assert failures(finished) == {"onnx/model.onnx: metadata"}
+
+
+def test_check_compares_the_files_and_the_recipe_beside(finished):
+    lock = finished.parent / "recipe.lock.yaml"
+    lock.write_text("version: 1\n")
+    mine = Provenance(hashlib.sha256(lock.read_bytes()).hexdigest())
+    stamp_file(finished / "onnx" / "model.onnx", provenance=mine)
+    assert failures(finished) == {"onnx/model_quantized.onnx: metadata"}
+    stamp_file(finished / "onnx" / "model_quantized.onnx", provenance=mine)
+    assert failures(finished) == set()
+    lock.write_text("version: 1\nname: other\n")
+    assert failures(finished) == {"recipe.lock.yaml"}
+
+
+def test_check_refuses_an_older_onnxruntime(finished, monkeypatch):
+    from slimfuse_export import folder_parts
+
+    monkeypatch.setattr(folder_parts, "version", lambda _: "1.17.3")
+    assert failures(finished) == {
+        "onnx/model.onnx: metadata", "onnx/model_quantized.onnx: metadata",
+    }  # fmt: skip
+
+
+def test_check_runs_odd_sizes_of_every_dynamic_dim(finished):
+    dims = ["batch_size", 3, "width"]
+
+    def save(nodes, *weights):
+        graph = onnx.helper.make_graph(
+            nodes, "sizes",
+            [onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, dims)],
+            [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, dims)],
+            [onnx.numpy_helper.from_array(w, name) for name, w in weights],
+        )  # fmt: skip
+        opsets = [onnx.helper.make_opsetid("", 20)]
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        stamp(model, step="export")
+        onnx.save(model, str(finished / "onnx" / "model.onnx"))
+
+    for name in ("model_quantized.onnx", "samples.npz"):
+        (finished / "onnx" / name).unlink()
+    node = onnx.helper.make_node
+    save([node("Relu", ["pixel_values"], ["logits"])])
+    results = {r.name: r for r in check_folder(finished, dims={"width": 7})}
+    assert all(r.passed for r in results.values())
+    assert "width 1, 3, 7" in results["onnx/model.onnx: sizes"].detail
+    baked = np.array([0, 3, 7])
+    save([node("Reshape", ["pixel_values", "shape"], ["logits"])], ("shape", baked))
+    results = {r.name: r for r in check_folder(finished, dims={"width": 7})}
+    assert not results["onnx/model.onnx: sizes"].passed

@@ -72,7 +72,7 @@ def test_a_winner_lies_beside_the_model_and_says_what_it_is(finished, times):
     assert (finished / MODEL).read_bytes() == plain
     found = read_metadata(finished / BESIDE)
     assert (found.opset, found.min_onnxruntime) == (22, "1.21")
-    assert found.history == ("optimize: opset 22",)
+    assert found.history == ("export", "optimize: opset 22")
     assert not found.machine_specific
     assert times["calls"][1] == [choosing.PLAIN, "opset 22"]  # timed again, alone
 
