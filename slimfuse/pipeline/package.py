@@ -195,6 +195,6 @@ def model_card(
         licences=", ".join(f"{name}: {one.name}" for name, one in found.items()),
         terms=" ".join(f"{text[0].upper()}{text[1:]}." for text in told.sentences),
         decided=metric.amount(quantize.max_drop)
-        if quantize.mode == "auto" and "onnx/model_quantized.onnx" in files
+        if quantize.mode != "dynamic" and "onnx/model_quantized.onnx" in files
         else "",
     )
