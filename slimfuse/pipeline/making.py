@@ -178,7 +178,8 @@ def make(job: BaseJob, store: Store, planned: Plan, shared: Shared | None = None
         control=made.control, finetuned=finetuned, sparse=sparse, files=sizes,
         baselines=baselines, starts=starts,
         package=package, int8=int8,
-        tried=tried if small is None else (*tried, *small.tried), int8_dropped=int8 is not shipped, batches=batches,
+        tried=tried if small is None else (*tried, *small.tried),
+        int8_dropped=int8 is not shipped, batches=batches,
         evidence={name: stages.outputs(p).test for name, p in _named(job).items()}
         | {"finetuned": stages.evidence(child)},
     )  # fmt: skip
