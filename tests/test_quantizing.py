@@ -13,11 +13,6 @@ from slimfuse.pipeline import Run, compress, quantizing
 from slimfuse.report import from_json, to_json
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return compress(tiny_recipe, out=tmp_path_factory.mktemp("runs") / "tiny")
-
-
 @pytest.fixture
 def copied(finished: Run, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished.folder, tmp_path / "tiny", symlinks=True))
