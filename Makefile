@@ -9,7 +9,7 @@ SOURCES := slimfuse export tests benchmarks
 	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
 	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
-	bench-distillation bench-sweep bench-processes bench-protect clean
+	bench-distillation bench-sweep bench-processes bench-protect bench-deployment clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -68,6 +68,9 @@ bench-protect: install
 
 bench-processes: install
 	$(BIN)/python benchmarks/processes.py
+
+bench-deployment: install
+	$(BIN)/python benchmarks/deployment.py
 
 bench-structured: install
 	$(BIN)/python benchmarks/structured.py

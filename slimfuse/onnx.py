@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from slimfuse_export import stamp
 from torch import Tensor, nn
 
 from slimfuse.batch import Batch
@@ -35,8 +36,9 @@ def export_onnx(
     """Write `model` as ONNX: inputs named as in a batch, one output, named as the class names it.
 
     example: two or more samples. Their number is dynamic, and of whole numbers, such as token ids,
-    the second dimension too. Eager attention is exported, since it gives the smaller
-    graph. Node metadata is removed: the exporter puts stack traces with local paths there.
+    the second dimension too. Eager attention is exported, since it gives the smaller graph. The
+    file says what it needs (`slimfuse_export.metadata`). Node metadata is removed: the exporter
+    puts stack traces with local paths there.
     """
     names, values = list(example.arguments), tuple(example.arguments.values())
     batch, tokens = torch.export.Dim(BATCH), torch.export.Dim(TOKENS)
@@ -60,7 +62,7 @@ def export_onnx(
                   *proto.graph.output):  # fmt: skip
         del value.metadata_props[:]
     del proto.graph.metadata_props[:]
-    proto.producer_name, proto.producer_version = "slimfuse", ""
+    stamp(proto, step="export")
     onnx.save(proto, path)
 
 

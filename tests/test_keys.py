@@ -13,7 +13,7 @@ import tiny_text
 from tiny_run import recipe, save_parent, write_recipe
 
 from slimfuse.pipeline.job import Job, prepare
-from slimfuse.pipeline.run import lock_of
+from slimfuse.pipeline.lock import lock_of
 from slimfuse.pipeline.stages import Stages
 from slimfuse.recipe import load_recipe
 from slimfuse.store import Store, digest

@@ -19,8 +19,9 @@ from slimfuse.pipeline import compress, package
 from slimfuse.pipeline import run as story
 from slimfuse.pipeline.fusion_record import load_fusion
 from slimfuse.pipeline.job import prepare
+from slimfuse.pipeline.lock import lock_of
 from slimfuse.pipeline.pictures import pictures
-from slimfuse.pipeline.run import lock_of, prepare_again
+from slimfuse.pipeline.run import prepare_again
 from slimfuse.pipeline.stages import Stages
 from slimfuse.pipeline.starts import METHODS, solver_of
 from slimfuse.pipeline.timing import Timer

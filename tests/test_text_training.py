@@ -21,8 +21,8 @@ from slimfuse.errors import UserError
 from slimfuse.families import FAMILIES_OF
 from slimfuse.pipeline import package, plan
 from slimfuse.pipeline.job import Job, prepare
+from slimfuse.pipeline.lock import lock_of
 from slimfuse.pipeline.new_tokenizer import train_tokenizer
-from slimfuse.pipeline.run import lock_of
 from slimfuse.recipe import Recipe, load_recipe
 from slimfuse.recipe.matching import DECODERS, ENCODERS, GROUPED
 from slimfuse.tasks.texts import backend

@@ -9,13 +9,15 @@ from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_NO_LIMIT = 2**60  # version 1 writes a huge number for none
 
 
 def environment() -> dict[str, str | int | float | None]:
     """Return what sways latency on this machine, fit for JSON.
 
     cpu: model name. cores_allowed: cores the scheduler lets this process use. cpu_quota: cores'
-    worth of time the control group grants, None without a limit. The rest are versions.
+    worth of time the control group grants, None without a limit. memory_limit: its memory in
+    bytes, None without. The rest are versions.
     Holds no host name, user name or path.
     """
     return {
@@ -23,6 +25,7 @@ def environment() -> dict[str, str | int | float | None]:
         "machine": platform.machine(),
         "cores_allowed": cores_allowed(),
         "cpu_quota": cpu_quota(),
+        "memory_limit": memory_limit(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "onnxruntime": version("onnxruntime"),
@@ -71,6 +74,14 @@ def cpu_quota(root: Path = _CGROUP, membership: Path = Path("/proc/self/cgroup")
         quota, period = (_words(root / name / f"cpu.cfs_{key}_us") for key in ("quota", "period"))
         limits += _limit(*quota, *period)
     return min(limits, default=None)
+
+
+def memory_limit(root: Path = _CGROUP, membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Return the tightest memory limit of this process's control groups in bytes, None without."""
+    files = [group / "memory.max" for group in _groups(root, membership)]
+    files.append(root / "memory" / "memory.limit_in_bytes")  # version 1
+    limits = [int(word) for file in files for word in _words(file)[:1] if word.isdigit()]
+    return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
 
 
 def _groups(root: Path, membership: Path) -> list[Path]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,26 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from slimfuse_export.errors import CheckFailed, ExportError
+from slimfuse_export.folder_parts import (
+    LOCK,
+    config_named,
+    metadata_true,
+    recipe_beside,
+    weights_whole,
+)
 from slimfuse_export.graph import check_dims, check_graph
-from slimfuse_export.inputs import make_inputs, resize_batch
-from slimfuse_export.parity import Case, compare, load_reference
+from slimfuse_export.inputs import dynamic_dims, make_inputs, resize_batch, resize_dims
+from slimfuse_export.metadata import Provenance, read_metadata
+from slimfuse_export.parity import Case, check_cases, compare, load_reference
 from slimfuse_export.sessions import open_session, run_session
 
 MODEL = Path("onnx/model.onnx")
 INT8 = Path("onnx/model_quantized.onnx")
+OPTIMIZED = Path("onnx/model_optimized.onnx")
 SAMPLES = Path("onnx/samples.npz")
 
 _ODD_BATCHES = (1, 3, 5)  # none divides another but 1: a batch baked into a Reshape shows
-_MAX_HEADER = 100 * 2**20  # bytes of JSON, the limit of the safetensors library
+_ODD_SIZES = (1, 3, 7)  # of other dynamic dims, as far as they are no larger than the samples'
 _INT8_MAX_RMS = 0.5  # a sanity bound: the task's own metric judges INT8, this finds broken files
 
 
@@ -46,9 +55,11 @@ def check_folder(
 ) -> list[CheckResult]:
     """Open a finished folder from its files alone and return every check, passed or not.
 
-    Checked: config.json; model.safetensors (header and length); onnx/model.onnx and, where it
-    exists, onnx/model_quantized.onnx: onnx.checker, named dynamic dims, batches of 1, 3 and 5,
-    and agreement with onnx/samples.npz where that exists. A float model's rows must not depend on
+    Checked: config.json; model.safetensors (header and length); onnx/model.onnx and, where they
+    exist, onnx/model_optimized.onnx and onnx/model_quantized.onnx: onnx.checker, named dims,
+    metadata that is true and fits this onnxruntime, batches of 1, 3 and 5, sizes 1, 3 and 7 of
+    other dynamic dims, and agreement with onnx/samples.npz where that exists; the recipe's hash
+    where its lock file lies in the folder above. A float model's rows must not depend on
     their batch; INT8 scales do by design, so there the outputs' RMS error has a lenient bound.
     atol, rtol: of the float comparisons. dims: sizes of dynamic dims other than the first, which
     are needed where there are no samples.
@@ -58,8 +69,8 @@ def check_folder(
     if not folder.is_dir():
         raise ExportError("there is no such folder", where=folder)
     results = [
-        _attempt("config.json", lambda: _config(folder / "config.json")),
-        _attempt("model.safetensors", lambda: _weights(folder / "model.safetensors")),
+        _attempt("config.json", lambda: config_named(folder / "config.json")),
+        _attempt("model.safetensors", lambda: weights_whole(folder / "model.safetensors")),
     ]
     cases: list[Case] = []
     if (folder / SAMPLES).exists():
@@ -70,17 +81,31 @@ def check_folder(
             return resize_batch(cases[0].inputs, batch)
         return make_inputs(session, batch, dims=dims)
 
-    results += _model_checks(folder, MODEL, make)
-    if results[-1].passed:
-        results.append(_attempt(f"{MODEL}: rows", lambda: _rows(folder / MODEL, make, atol, rtol)))
-        if cases:
-            step = _parity(folder / MODEL, cases, atol, rtol)
-            results.append(_attempt(f"{MODEL}: samples", step))
-    if (folder / INT8).exists():
-        results += _model_checks(folder, INT8, make)
-        if results[-1].passed:
+    made_of = _made_of(folder / MODEL)
+    for model in (MODEL, OPTIMIZED, INT8):
+        path = folder / model
+        if model != MODEL and not path.exists():
+            continue
+        results += _model_checks(folder, model, make, made_of)
+        if not results[-1].passed:
+            continue
+        if model == INT8:
             results.append(_attempt(f"{INT8}: error", lambda: _int8_error(folder, make)))
+            continue
+        results.append(_attempt(f"{model}: rows", partial(_rows, path, make, atol, rtol)))
+        if cases:
+            results.append(_attempt(f"{model}: samples", _parity(path, cases, atol, rtol)))
+    if made_of is not None and (folder.parent / LOCK).is_file():
+        results.append(_attempt(LOCK, lambda: recipe_beside(folder, made_of)))
     return results
+
+
+def _made_of(path: Path) -> Provenance | None:
+    try:
+        said = read_metadata(path)
+    except ExportError:  # told by the check of its metadata
+        return None
+    return said.provenance if said else None
 
 
 Maker = Callable[[ort.InferenceSession, int], dict[str, NDArray[Any]]]
@@ -93,8 +118,10 @@ def _attempt(name: str, step: Callable[[], str]) -> CheckResult:
         return CheckResult(name, False, str(error))
 
 
-def _model_checks(folder: Path, model: Path, make: Maker) -> list[CheckResult]:
-    """Return graph, dims and batches; the last says whether the model runs."""
+def _model_checks(
+    folder: Path, model: Path, make: Maker, made_of: Provenance | None
+) -> list[CheckResult]:
+    """Return graph, dims, metadata and sizes; the last says whether the model runs."""
     path = folder / model
 
     def graph() -> str:
@@ -104,18 +131,52 @@ def _model_checks(folder: Path, model: Path, make: Maker) -> list[CheckResult]:
     def dims() -> str:
         return ", ".join(f"{name} {list(shape)}" for name, shape in check_dims(path).items())
 
-    def batches() -> str:
-        session = open_session(path, threads=1)
-        for batch in _ODD_BATCHES:
-            for name, value in run_session(session, make(session, batch)).items():
-                if value.shape[:1] != (batch,):
-                    raise CheckFailed("rows are lost", where=name, got=value.shape, allowed=batch)
-                if not np.all(np.isfinite(value)):
-                    raise CheckFailed("the output is not finite", where=f"{name}, batch {batch}")
-        return f"ran batches of {', '.join(map(str, _ODD_BATCHES))}"
+    def metadata() -> str:
+        return metadata_true(path, default=model == MODEL, made_of=made_of)
 
-    steps = (("graph", graph), ("dims", dims), ("batches", batches))
+    def sizes() -> str:
+        session = open_session(path, threads=1)
+        tried: list[tuple[int, dict[str, int]]] = [(batch, {}) for batch in _ODD_BATCHES]
+        tried += [
+            (max(_ODD_BATCHES), {name: size})
+            for name, limit in dynamic_dims(session, make(session, 1)).items()
+            for size in _ODD_SIZES
+            if size <= limit
+        ]
+        for batch, dims in tried:
+            _run_sized(session, resize_dims(session, make(session, batch), dims), batch, dims)
+        ran = [f"batches of {', '.join(map(str, _ODD_BATCHES))}"]
+        for name in dict.fromkeys(name for _, dims in tried for name in dims):
+            ran.append(f"{name} {', '.join(str(d[name]) for _, d in tried if name in d)}")
+        return f"ran {'; '.join(ran)}"
+
+    steps = (("graph", graph), ("dims", dims), ("metadata", metadata), ("sizes", sizes))
     return [_attempt(f"{model}: {name}", step) for name, step in steps]
+
+
+def _run_sized(
+    session: ort.InferenceSession,
+    inputs: Mapping[str, NDArray[Any]],
+    batch: int,
+    dims: Mapping[str, int],
+) -> None:
+    """Run once and hold the outputs' shapes against the sizes of their named dims."""
+    declared = {value.name: value.shape for value in session.get_outputs()}
+    at = ", ".join((f"batch {batch}", *(f"{name} {size}" for name, size in dims.items())))
+    for name, value in run_session(session, inputs).items():
+        wanted = (batch, *(dims.get(d, d) if isinstance(d, str) else d for d in declared[name][1:]))
+        # what is named but not asked for may have any size
+        fits = len(wanted) == value.ndim and all(
+            isinstance(want, str) or want == got
+            for want, got in zip(wanted, value.shape, strict=True)
+        )
+        if not fits:
+            raise CheckFailed(
+                "the output has another shape than it says", where=f"{name}, {at}",
+                got=value.shape, allowed=wanted,
+            )  # fmt: skip
+        if not np.all(np.isfinite(value)):
+            raise CheckFailed("the output is not finite", where=f"{name}, {at}")
 
 
 def _rows(path: Path, make: Maker, atol: float, rtol: float) -> str:
@@ -135,13 +196,7 @@ def _rows(path: Path, make: Maker, atol: float, rtol: float) -> str:
 
 def _parity(path: Path, cases: Sequence[Case], atol: float, rtol: float) -> Callable[[], str]:
     def step() -> str:
-        session = open_session(path, threads=1)
-        worst, n = 0.0, 0
-        for index, (inputs, outputs) in enumerate(cases):
-            for name, value in run_session(session, inputs, list(outputs)).items():
-                where = f"case {index}, output {name}"
-                parity = compare(value, outputs[name], atol=atol, rtol=rtol, where=where)
-                worst, n = max(worst, parity.max_abs), n + parity.n
+        worst, n = check_cases(path, cases, atol=atol, rtol=rtol)
         return f"max |Δ| {worst:.2g} over {n} values of {len(cases)} cases"
 
     return step
@@ -168,35 +223,3 @@ def _int8_error(folder: Path, make: Maker) -> str:
 def _load(path: Path, cases: list[Case]) -> str:
     cases += load_reference(path)
     return f"{len(cases)} cases"
-
-
-def _config(path: Path) -> str:
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ExportError("config.json can't be read", got=type(error).__name__) from error
-    if not isinstance(config, dict):
-        raise ExportError("config.json is no JSON object", got=type(config).__name__)
-    named = config.get("architectures") or config.get("architecture") or "no architecture named"
-    return ", ".join(named) if isinstance(named, list) else str(named)
-
-
-def _weights(path: Path) -> str:
-    """Read the header alone: tensors must tile the rest of the file without gap or overlap."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(handle.read(length))
-        spans = sorted(header[name]["data_offsets"] for name in header if name != "__metadata__")
-        edges = [0, *(end for _, end in spans)]
-        if [begin for begin, _ in spans] != edges[:-1] or edges[-1] != size - 8 - length:
-            raise ValueError(f"tensors end at {edges[-1]} of {size - 8 - length} bytes of data")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        detail = f"{type(error).__name__}: {error}" if isinstance(error, ValueError) else None
-        raise ExportError(
-            "the weights are missing or cut off", got=detail or type(error).__name__
-        ) from error
-    return f"{len(spans)} tensors, {size:,} bytes"

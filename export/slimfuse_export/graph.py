@@ -15,6 +15,8 @@ from slimfuse_export.sessions import first_line, require_model
 # torch.export's symbols (s18, u0, also inside "s18 + 1"), onnxruntime's and the old exporter's
 _ANONYMOUS = re.compile(r"\b[su]\d+\b|^unk__\d+$|_dynamic_axes_\d+$|^dim_?\d+$|^None$|\?")
 
+MAX_BYTES = 2**31 - 1  # of a protobuf message
+
 
 def check_graph(path: str | os.PathLike[str]) -> None:
     """Raise CheckFailed unless onnx.checker accepts the model, its operators and its types.
@@ -35,11 +37,38 @@ def read_graph(path: str | os.PathLike[str]) -> onnx.GraphProto:
 
     Raises: ExportError where the file is missing or is no ONNX model.
     """
+    return load_header(path).graph
+
+
+def load_header(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Return the model without the weights that lie in data files, see `read_graph`."""
+    return _load(path, data=False)
+
+
+def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Return the model with all its weights, see `read_graph`."""
+    return _load(path, data=True)
+
+
+def _load(path: str | os.PathLike[str], *, data: bool) -> onnx.ModelProto:
     require_model(Path(path))
     try:
-        return onnx.load(str(path), load_external_data=False).graph
+        return onnx.load(str(path), load_external_data=data)
     except Exception as error:
         raise ExportError("the file is no ONNX model", where=path, got=first_line(error)) from error
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model as one file.
+
+    Raises: ExportError where it is larger than a protobuf file may be.
+    """
+    if model.ByteSize() >= MAX_BYTES:
+        raise ExportError(
+            "the model is too large for one file", got=f"{model.ByteSize():,} bytes",
+            allowed=f"below {MAX_BYTES:,}",
+        )  # fmt: skip
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def check_dims(path: str | os.PathLike[str]) -> dict[str, tuple[int | str, ...]]:
@@ -55,7 +84,7 @@ def check_dims(path: str | os.PathLike[str]) -> dict[str, tuple[int | str, ...]]
     for value in (*graph.input, *graph.output):
         if value.name in weights:  # old graphs list weights among the inputs
             continue
-        shape = tuple(_dim(dim) for dim in value.type.tensor_type.shape.dim)
+        shape = shape_of(value)
         shapes[value.name] = shape
         bad += [f"{value.name}: {problem}" for problem in _problems(shape)]
     if bad:
@@ -67,6 +96,11 @@ def check_dims(path: str | os.PathLike[str]) -> dict[str, tuple[int | str, ...]]
             hint="export with dynamic_shapes that carry names, or rename the dims afterwards",
         )
     return shapes
+
+
+def shape_of(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    """Return the dims of an input or output: a size, or the name of a dynamic one."""
+    return tuple(_dim(dim) for dim in value.type.tensor_type.shape.dim)
 
 
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str:

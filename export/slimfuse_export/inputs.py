@@ -79,3 +79,29 @@ def _draw(
 def resize_batch(inputs: Mapping[str, NDArray[Any]], batch: int) -> dict[str, NDArray[Any]]:
     """Return the inputs with their rows (dim 0) repeated in order, or cut, to `batch` rows."""
     return {name: np.take(a, np.arange(batch) % len(a), axis=0) for name, a in inputs.items()}
+
+
+def dynamic_dims(
+    session: ort.InferenceSession, inputs: Mapping[str, NDArray[Any]]
+) -> dict[str, int]:
+    """Return the named dynamic dims but for the first, with their sizes in the given inputs."""
+    return {
+        dim: inputs[value.name].shape[axis]
+        for value in session.get_inputs()
+        for axis, dim in enumerate(value.shape)
+        if axis and isinstance(dim, str)
+    }
+
+
+def resize_dims(
+    session: ort.InferenceSession, inputs: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]
+) -> dict[str, NDArray[Any]]:
+    """Return the inputs with the named dims cut to `sizes`, or repeated in order up to them."""
+    resized = dict(inputs)
+    for value in session.get_inputs():
+        for axis, dim in enumerate(value.shape):
+            if axis and dim in sizes:
+                array = resized[value.name]
+                places = np.arange(sizes[dim]) % array.shape[axis]
+                resized[value.name] = np.take(array, places, axis)
+    return resized

@@ -107,6 +107,28 @@ def compare(
     )
 
 
+def check_cases(
+    path: str | os.PathLike[str],
+    cases: Sequence[Case],
+    *,
+    atol: float,
+    rtol: float,
+    threads: int = 1,
+) -> tuple[float, int]:
+    """Return the largest |Δ| of a model from the outputs of all cases, and how many values.
+
+    Raises: as `check_parity`.
+    """
+    session = open_session(path, threads=threads)
+    worst, n = 0.0, 0
+    for index, (inputs, outputs) in enumerate(cases):
+        for name, value in run_session(session, inputs, list(outputs)).items():
+            where = f"case {index}, output {name}"
+            parity = compare(value, outputs[name], atol=atol, rtol=rtol, where=where)
+            worst, n = max(worst, parity.max_abs), n + parity.n
+    return worst, n
+
+
 def _over(gap: float, scale: float) -> float:
     if not gap:
         return 0.0

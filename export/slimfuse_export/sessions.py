@@ -36,21 +36,8 @@ def open_session(
     Raises: ExportError for a missing or corrupt file, a bad thread count or level.
     """
     path = Path(path)
-    if threads < 1:
-        raise ExportError("the number of threads is not legal", got=threads, allowed="1 or more")
-    if optimization not in _LEVELS:
-        raise ExportError(
-            "unknown graph optimisation level", got=optimization, allowed=get_args(Optimization)
-        )
+    options = session_options(threads=threads, optimization=optimization)
     require_model(path)
-    ort.disable_telemetry_events()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = _LEVELS[optimization]
-    options.log_severity_level = _ERROR
-    if threads > 1:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own classes share no base but Exception
@@ -60,6 +47,28 @@ def open_session(
             got=first_line(error),
             hint="export the model again; the file is corrupt, cut off or lacks its data file",
         ) from error
+
+
+def session_options(*, threads: int, optimization: Optimization = "all") -> ort.SessionOptions:
+    """Return the options of `open_session`, which says what they are.
+
+    Raises: ExportError for a bad thread count or level.
+    """
+    if threads < 1:
+        raise ExportError("the number of threads is not legal", got=threads, allowed="1 or more")
+    if optimization not in _LEVELS:
+        raise ExportError(
+            "unknown graph optimisation level", got=optimization, allowed=get_args(Optimization)
+        )
+    ort.disable_telemetry_events()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = _LEVELS[optimization]
+    options.log_severity_level = _ERROR
+    if threads > 1:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def require_model(path: Path) -> None:

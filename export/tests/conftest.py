@@ -8,7 +8,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from slimfuse_export import open_session, quantize_dynamic_int8, run_session, save_reference
+from slimfuse_export import (
+    open_session,
+    quantize_dynamic_int8,
+    run_session,
+    save_reference,
+    stamp_file,
+)
 
 SHAPE, HIDDEN, CLASSES = (3, 7), 34, 5
 Writer = Callable[..., Path]
@@ -55,6 +61,8 @@ def write(tmp_path: Path) -> Writer:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         onnx.save(tiny_model(**options), str(path))
+        if path.parent.name == "onnx":  # in a folder it says what it is
+            stamp_file(path, step="export")
         return path
 
     return save

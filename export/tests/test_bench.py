@@ -122,7 +122,7 @@ def test_a_ratio_needs_what_was_measured():
     assert [ratio.other for ratio in result.ratios("base")] == ["other"]
     with pytest.raises(ExportError, match="not measured") as caught:
         result.ratio("base", "missing")
-    assert "('missing', 1, 1)" in str(caught.value)
+    assert "('missing', 1, 1, '')" in str(caught.value)
     with pytest.raises(ExportError, match="paired rounds"):
         bootstrap_ratio(np.ones(5), np.ones(4))
 

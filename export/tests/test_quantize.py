@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import subprocess
 import sys
 
@@ -40,17 +41,27 @@ def test_the_quantised_model_is_close_and_keeps_its_interface(write, tmp_path):
     assert kinds == {TensorProto.INT8}
 
 
-def test_equal_sources_give_equal_bytes(write, tmp_path):
-    source = write()
-    targets = [tmp_path / name for name in ("one.onnx", "other_name.onnx")]
-    quantize_dynamic_int8(source, targets[0])
-    # another process hashes strings otherwise, so an order that hangs on sets would show
-    code = "import sys; from slimfuse_export import *; quantize_dynamic_int8(*sys.argv[1:])"
-    subprocess.run(
-        [sys.executable, "-c", code, source, targets[1]], check=True, env={"PYTHONHASHSEED": "7"}
+WRITERS = ("quantize_dynamic_int8", "quantize_static_int8", "quantize_int4")
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_equal_sources_give_equal_bytes(finished, tmp_path, writer):
+    # other processes hash strings otherwise, so an order that hangs on sets would show
+    code = (
+        "import sys; from pathlib import Path; from slimfuse_export import *\n"
+        "folder, target = map(Path, sys.argv[1:])\n"
+        "rows = [case.inputs for case in reference_cases(folder)]\n"
+        f"more = [rows] if {writer!r} == 'quantize_static_int8' else []\n"
+        f"{writer}(folder / 'onnx/model.onnx', target, *more)"
     )
-    first, second = (hashlib.sha256(path.read_bytes()).hexdigest() for path in targets)
-    assert first == second
+    digests = set()
+    for seed, name in (("7", "one.onnx"), ("8", "other_name.onnx")):
+        subprocess.run(
+            [sys.executable, "-c", code, finished, tmp_path / name], check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )  # fmt: skip
+        digests.add(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest())
+    assert len(digests) == 1
 
 
 def test_it_is_quiet_and_leaves_nothing_behind(write, tmp_path, capfd, caplog):

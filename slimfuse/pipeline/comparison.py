@@ -20,7 +20,8 @@ from slimfuse.pipeline.common import ParentJob, Part
 from slimfuse.pipeline.contenders import ablation, ladder, variations
 from slimfuse.pipeline.held_out import learnt
 from slimfuse.pipeline.job import Job, prepare
-from slimfuse.pipeline.run import lock_text, prepare_again, quiet, write_lock
+from slimfuse.pipeline.lock import lock_text
+from slimfuse.pipeline.run import prepare_again, quiet, write_lock
 from slimfuse.pipeline.shaping import pinned
 from slimfuse.pipeline.stages import Stages
 from slimfuse.pipeline.tuning import finetune_steps

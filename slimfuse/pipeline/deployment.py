@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +17,17 @@ from slimfuse_export import (
     bench,
     check_parity,
     environment,
+    fallbacks,
+    load_reference,
     open_session,
+    optimize_folder,
+    product_noise,
     quantization_plan,
-    quantize_dynamic_int8,
     resize_batch,
     save_reference,
+    write_mode,
 )
+from slimfuse_export.quantization import Mode
 from torch import Tensor
 
 from slimfuse.batch import Batch, arrays, call
@@ -30,6 +36,7 @@ from slimfuse.onnx import export_onnx
 from slimfuse.pipeline.stages import ANSWERS, BaseStages
 from slimfuse.progress import track, working
 from slimfuse.recipe import AnyRecipe
+from slimfuse.report import Tried
 from slimfuse.store import Stage, Store
 from slimfuse.tasks import Evidence, Task, ask
 
@@ -37,9 +44,11 @@ PARITY_BATCHES = (1, 3, 5)  # the graph is traced with 2
 PARITY_RTOL = 1e-4
 CHILDREN = ("onnx", "onnx-int8")
 DENSE = "finetuned"  # timed where the children are sparse
-BENCH = "bench.json"
+BENCH, TRIALS = "bench.json", "trials.json"
+CALIBRATION = 64  # training samples that static ranges come from
 File = tuple[Path, str]
 """An ONNX file, and what its content is known by."""
+MIN_RUNS, MAX_RUNS = 30, 1000  # timed calls of each file
 SINGLE_FLOPS = 1e12  # about a minute at batch 1 on one core
 
 
@@ -100,19 +109,92 @@ class Deployment:
         stage = self.store.stage(f"onnx-{name}", inputs, build)
         return stage, float(json.loads((stage.path / "parity.json").read_text())["max_abs"])
 
-    def quantised(self, exported: Stage, name: str = "int8") -> Stage:
-        """Return the INT8 file of an ONNX stage."""
-        plan = quantization_plan()
+    @property
+    def mode(self) -> tuple[Mode, str]:
+        """How the recipe's quantised file is made, and why."""
+        asked = self.recipe.export.quantize.mode
+        mode: Mode = asked if asked in ("static", "int4") else "dynamic"
+        said = "" if asked == "auto" else f"mode {mode} was asked for; "
+        return mode, f"{said}{quantization_plan().reason}"
+
+    def quantised(
+        self, exported: Stage, name: str = "int8", *, keep_float: Sequence[str] = ()
+    ) -> Stage:
+        """Return the quantised file of an ONNX stage; keep_float: products that stay float32."""
+        plan, (mode, _) = quantization_plan(), self.mode
 
         def build(folder: Path) -> None:
-            with working("quantising to INT8"):
-                quantize_dynamic_int8(
-                    exported.path / "model.onnx", folder / "model_quantized.onnx",
-                    reduce_range=plan.reduce_range,
+            with working("quantising"):
+                write_mode(
+                    exported.path / "model.onnx", folder / "model_quantized.onnx", mode,
+                    plan=plan, inputs=self._calibration() if mode == "static" else (),
+                    keep_float=keep_float,
                 )  # fmt: skip
 
         inputs = {"onnx": exported.key, "reduce_range": plan.reduce_range, "tools": _tools()}
+        if mode != "dynamic":
+            inputs |= {"mode": mode, "signed": plan.signed, "rows": CALIBRATION} | self.base
+        if keep_float:
+            inputs |= {"keep_float": list(keep_float)}
         return self.store.stage(name, inputs, build)
+
+    def mixed(self, exported: Stage, quantised: Stage) -> Iterator[tuple[tuple[str, ...], Stage]]:
+        """Yield ever longer lists of noisy products, with the file in which those stay float32."""
+        cases = load_reference(exported.path / "samples.npz")
+        noise = product_noise(
+            exported.path / "model.onnx", quantised.path / "model_quantized.onnx",
+            [case.inputs for case in cases],
+        )  # fmt: skip
+        for kept in fallbacks(noise):
+            yield kept, self.quantised(exported, "int8-mixed", keep_float=kept)
+
+    def _calibration(self) -> list[dict[str, Any]]:
+        """Return training samples, evenly drawn, from which static ranges come."""
+        samples, task = self.stages.samples("train"), self.job.task
+        count = min(CALIBRATION, len(samples))
+        places = torch.arange(count) * len(samples) // count
+        return [arrays(task.excerpt(task.examples(samples, part)[0])) for part in places.split(8)]
+
+    def optimised(self, exported: Stage) -> tuple[Stage, tuple[Tried, ...]]:
+        """Return the fastest graph of an ONNX stage on this machine, and all that were tried."""
+        spec = self.recipe.bench
+
+        def build(folder: Path) -> None:
+            onnx = folder / "onnx"
+            onnx.mkdir()
+            for file in ("model.onnx", "samples.npz"):
+                shutil.copyfile(exported.path / file, onnx / file)
+            model_type = str(getattr(self.job.target, "model_type", ""))
+            shape = {
+                key: getattr(self.job.target, key)
+                for key in ("num_attention_heads", "hidden_size", "n_head", "n_embd", "n_heads")
+                if hasattr(self.job.target, key)
+            }
+            (folder / "config.json").write_text(json.dumps({"model_type": model_type, **shape}))
+            with track("trying other graphs", 100) as tell:
+                done = optimize_folder(
+                    folder, replace=True, threads=spec.threads, batch=spec.batch,
+                    min_seconds=spec.min_seconds, seed=self.recipe.runtime.seed,
+                    atol=self.recipe.export.parity_atol, rtol=PARITY_RTOL,
+                    progress=lambda share, label: tell(round(100 * share), label),
+                )  # fmt: skip
+            for file in ("model.onnx", "samples.npz"):
+                (onnx / file).replace(folder / file)
+            (folder / TRIALS).write_text(json.dumps(done.as_dict()))
+
+        given = {
+            "onnx": exported.key, "bench": spec.model_dump(mode="json"), "tools": _tools(),
+            "machine": environment(),
+        }  # fmt: skip
+        stage = self.store.stage("onnx-optimised", given, build)
+        trials = json.loads((stage.path / TRIALS).read_text())["trials"]
+        return stage, tuple(
+            Tried(
+                "onnx/model.onnx", t["name"], "kept" if t["outcome"] == "won" else t["outcome"],
+                ", ".join(f"{r['value']:.3f} × its time" for r in t["ratios"]), t["reason"],
+            )
+            for t in trials
+        )  # fmt: skip
 
     def evidence(self, stage: Stage, file: str, saved: Path, *, batch: int) -> Evidence:
         """Return what an ONNX file says of the test set, through the *saved* preprocessor."""
@@ -171,6 +253,8 @@ class Timing:
                     batch=spec.batch,
                     warmup=spec.warmup,
                     min_seconds=spec.min_seconds,
+                    min_runs=MIN_RUNS,
+                    max_runs=MAX_RUNS,
                     seed=self.recipe.runtime.seed,
                     make_inputs=self.inputs,
                     progress=lambda share, label: tell(round(100 * share), label),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from slimfuse import __version__
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.deployment import DENSE, Deployment, File, batch_of
 from slimfuse.pipeline.job import Job
+from slimfuse.pipeline.lock import provenance
 from slimfuse.pipeline.nets_job import NetJob
 from slimfuse.pipeline.nets_stages import NetStages
 from slimfuse.pipeline.package import build_package, model_card
 from slimfuse.pipeline.planning import Plan
+from slimfuse.pipeline.quantizing import quantise
 from slimfuse.pipeline.results import Measurements
 from slimfuse.pipeline.sparse import Sparse, thin
 from slimfuse.pipeline.sparse_report import card, measure_files
@@ -131,22 +133,14 @@ def make(job: BaseJob, store: Store, planned: Plan, shared: Shared | None = None
         row: batch_of(row, planned.models[-1].flops * job.count("test"), job.task)
         for row in ("onnx", "onnx-int8")
     }
-    exported, parity = deployment.export("child", child.path, child.key)
+    plain, parity = deployment.export("child", child.path, child.key)
+    exported, tried = (plain, ()) if not job.recipe.export.optimize else deployment.optimised(plain)
     measured["onnx"] = stages.figures(
         deployment.evidence(exported, "model.onnx", child.path, batch=batches["onnx"])
     )
-    int8 = None
-    if job.recipe.export.quantize.mode != "none":
-        int8 = deployment.quantised(exported)
-        measured["onnx-int8"] = stages.figures(
-            deployment.evidence(
-                int8, "model_quantized.onnx", child.path, batch=batches["onnx-int8"]
-            )
-        )
-        say("ONNX INT8", measured["onnx-int8"])
-    drop = int8_loss(job, measured) if int8 is not None else 0.0
-    quantize = job.recipe.export.quantize
-    shipped = int8 if quantize.mode == "dynamic" or drop <= quantize.max_drop else None
+    small = quantise(deployment, plain, child, measured, batch=batches["onnx-int8"], say=say)
+    int8 = small.stage if small is not None else None
+    shipped = int8 if small is not None and small.shipped else None
 
     files = {"model.safetensors": "sparse" if sparse else "finetuned", "onnx/model.onnx": "onnx"}
     if shipped is not None:
@@ -157,11 +151,12 @@ def make(job: BaseJob, store: Store, planned: Plan, shared: Shared | None = None
     parents_shown = {p.name: measured[p.name][key] for p in job.parents}
     told = card(job, sparse) if sparse is not None else ""
     readme = model_card(job, training["steps"], parents_shown, shown, __version__, told, chosen)
+    made_of = provenance(job)
     package = store.stage(
         "package",
         {"finetuned": child.key, "onnx": exported.key, "card": readme,
-         "int8": shipped.key if shipped is not None else None},
-        lambda folder: build_package(folder, job, child, exported, shipped, readme),
+         "int8": shipped.key if shipped is not None else None, "made_of": asdict(made_of)},
+        lambda folder: build_package(folder, job, child, exported, shipped, readme, made_of),
     )  # fmt: skip
 
     timed: dict[str, File] = {}
@@ -182,7 +177,9 @@ def make(job: BaseJob, store: Store, planned: Plan, shared: Shared | None = None
         anchor=anchor, parity={**parent_parity, "onnx": parity}, fused=made.fused,
         control=made.control, finetuned=finetuned, sparse=sparse, files=sizes,
         baselines=baselines, starts=starts,
-        exported=exported, int8=int8, int8_dropped=int8 is not shipped, batches=batches,
+        package=package, int8=int8,
+        tried=tried if small is None else (*tried, *small.tried),
+        int8_dropped=int8 is not shipped, batches=batches,
         evidence={name: stages.outputs(p).test for name, p in _named(job).items()}
         | {"finetuned": stages.evidence(child)},
     )  # fmt: skip
@@ -196,13 +193,6 @@ def row_of(method: str) -> str:
 
 def _named(job: BaseJob) -> dict[str, Any]:
     return {p.name: p for p in job.parents}
-
-
-def int8_loss(job: BaseJob, measured: Mapping[str, Figures]) -> float:
-    """Return how much worse the INT8 file is than the ONNX file, see `Metric.loss`."""
-    metric = job.task.metric
-    got, base = (measured[row][metric.key].value for row in ("onnx-int8", "onnx"))
-    return metric.loss(got, base)
 
 
 def _teller(metric: Metric) -> Callable[[str, Figures], None]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from jinja2 import Environment
+from slimfuse_export import Provenance, check_folder, stamp_file
 
 from slimfuse.errors import CheckFailed
 from slimfuse.families.timm_model import TimmConfig
@@ -91,8 +92,11 @@ def build_package(
     exported: Stage,
     int8: Stage | None,
     card: str,
+    made_of: Provenance,
 ) -> None:
     """Put the finished model's files into `folder` and prove that it opens elsewhere.
+
+    made_of: goes into the metadata of the ONNX files.
 
     Raises CheckFailed when the exporter's own check or the clean process disagrees.
     """
@@ -108,14 +112,14 @@ def build_package(
         shutil.copyfile(exported.path / name, onnx / name)
     if int8 is not None:
         shutil.copyfile(int8.path / "model_quantized.onnx", onnx / "model_quantized.onnx")
+    for file in sorted(onnx.glob("*.onnx")):
+        stamp_file(file, provenance=made_of)
     (folder / "README.md").write_text(card, encoding="utf-8")
     with working("checking the finished model in a process of its own"):
         _prove(folder, job)
 
 
 def _prove(folder: Path, job: BaseJob) -> None:
-    from slimfuse_export import check_folder
-
     failed = [r for r in check_folder(folder, atol=job.recipe.export.parity_atol) if not r.passed]
     if failed:
         raise CheckFailed(
@@ -191,6 +195,6 @@ def model_card(
         licences=", ".join(f"{name}: {one.name}" for name, one in found.items()),
         terms=" ".join(f"{text[0].upper()}{text[1:]}." for text in told.sentences),
         decided=metric.amount(quantize.max_drop)
-        if quantize.mode == "auto" and "onnx/model_quantized.onnx" in files
+        if quantize.mode != "dynamic" and "onnx/model_quantized.onnx" in files
         else "",
     )

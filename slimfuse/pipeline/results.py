@@ -21,7 +21,7 @@ from slimfuse.pipeline.sparse_report import (
 )
 from slimfuse.pipeline.stages import Figures
 from slimfuse.recipe import Gate
-from slimfuse.report import Figure, GateResult, Latency, Report, Row, Speedup
+from slimfuse.report import Figure, GateResult, Latency, Report, Row, Speedup, Tried
 from slimfuse.report import Stage as StageName
 from slimfuse.store import Stage
 from slimfuse.tasks import Evidence
@@ -47,7 +47,8 @@ class Measurements:
     baselines: dict[str, Stage]
     starts: dict[str, Figures]
     control: Stage | None
-    exported: Stage
+    package: Stage
+    tried: tuple[Tried, ...]
     int8: Stage | None
     int8_dropped: bool
     evidence: dict[str, Evidence]
@@ -96,6 +97,7 @@ def make_report(m: Measurements) -> Report:
         zeros=layers(m.sparse.child) if m.sparse is not None else (),
         sizes=m.files.sizes if m.files is not None else (),
         findings=protecting.findings(m.finetuned),
+        tried=m.tried,
     )  # fmt: skip
 
 
@@ -161,17 +163,17 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
                 Row(made.row, kind, figures(made.row), child.params, child.flops,
                     _size(made.stage.path), note=zeros_note(m.job, m.sparse, made))
             )  # fmt: skip
-    onnx = m.exported.path / "model.onnx"
+    onnx = m.package.path / "onnx" / "model.onnx"
     rows.append(
         Row("onnx", "onnx", figures("onnx"), child.params, child.flops, onnx.stat().st_size,
             timed("onnx"), m.parity["onnx"])
     )  # fmt: skip
     if m.int8 is not None:
-        file = m.int8.path / "model_quantized.onnx"
-        note = ""
+        folder = m.int8.path if m.int8_dropped else m.package.path / "onnx"
+        file, note = folder / "model_quantized.onnx", ""
         if m.int8_dropped:
             note = "not shipped: it loses more than max_drop, decided on the test set"
-        elif m.job.recipe.export.quantize.mode == "auto":
+        elif m.job.recipe.export.quantize.mode != "dynamic":
             note = "shipped: it loses no more than max_drop, decided on the test set"
         rows.append(
             Row("onnx-int8", "onnx-int8", figures("onnx-int8"), child.params, child.flops,

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from slimfuse import __version__
 from slimfuse.errors import UserError
 from slimfuse.families import Shape
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.job import Job, prepare
+from slimfuse.pipeline.lock import lock_of, lock_text, without_machine_paths
 from slimfuse.pipeline.making import Made, make
 from slimfuse.pipeline.nets_job import NetJob, prepare_nets
 from slimfuse.pipeline.nets_planning import plan_nets
@@ -72,7 +70,7 @@ def prepare_again(recipe: Recipe, path: Path, store: Store) -> Job:
     if recipe.target.budget is None or recipe.target.budget.latency_ratio is None:
         return prepare(recipe, path)
     lock = YAML(typ="safe").load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if lock is None or lock["recipe"] != _without_machine_paths(recipe.to_lock()):
+    if lock is None or lock["recipe"] != without_machine_paths(recipe.to_lock()):
         return prepare(recipe, path)
     shape = Shape(**lock["resolved"]["target"])
     return replace(prepare(pinned(recipe, shape), path), recipe=recipe)
@@ -189,70 +187,6 @@ def write_lock(text: str, store: Store, name: str = LOCK, results: Sequence[str]
         write_text(path, text)
 
 
-def lock_text(job: BaseJob) -> str:
-    """Return what recipe.lock.yaml holds."""
-    return dumped(lock_of(job))
-
-
-def dumped(values: dict[str, Any]) -> str:
-    """Return plain values as YAML in blocks."""
-    import io
-
-    text = io.StringIO()
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.dump(values, text)
-    return text.getvalue()
-
-
-def lock_of(job: BaseJob) -> dict[str, Any]:
-    """Return everything a run depends on: the full recipe, versions, digests of the inputs."""
-    return {
-        "slimfuse": __version__,
-        "recipe": _without_machine_paths(job.recipe.to_lock()),
-        "resolved": {
-            "threads": job.threads,
-            "precision": job.precision,
-            "target": {k: getattr(job.family.shape(job.target), k) for k in _shape_keys(job)},
-        },
-        "versions": {
-            "python": ".".join(map(str, sys.version_info[:3])),
-            **{name: version(name) for name in (*job.libraries, "onnxruntime")},
-        },
-        "sha256": {
-            "data": job.data.fingerprint,
-            "parents": {
-                p.name: p.sha256
-                for p in (*job.parents, job.anchor)
-                if p is not None and p.sha256 is not None
-            },
-        },
-    }
-
-
-def _without_machine_paths(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Keep the last name of absolute paths: what they hold is known by its sha256."""
-    places = [(recipe["data"], "path"), (recipe["data"], "tokenizer")]
-    places += [(p, "from") for p in recipe["parents"]]
-    trained = [p["train"] for p in recipe["parents"] if p.get("train")]
-    places += [(train, "start") for train in trained if train.get("start")]
-    protect = recipe["finetune"].get("protect") or {}
-    if protect.get("data"):
-        places.append((protect["data"], "path"))
-    anchor = recipe["fuse"].get("anchor") or recipe["fuse"]["ot"].get("anchor")
-    if anchor is not None:
-        places.append((anchor, "from"))
-    for place, key in places:
-        path = Path(place[key] or "")
-        if path.is_absolute() or path.parts[:1] == ("~",):
-            place[key] = f"…/{path.name}"
-    return recipe
-
-
-def _shape_keys(job: BaseJob) -> list[str]:
-    return list(job.family.shape(job.target).__dataclass_fields__)
-
-
 def command_of(
     verb: str, path: Path, overrides: Sequence[str], out: str | Path | None, *more: str
 ) -> str:
@@ -274,6 +208,4 @@ def quiet() -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
-__all__ = [
-    "Run", "compress", "lock_of", "lock_text", "plan", "prepare_again", "quiet", "write_lock",
-]  # fmt: skip
+__all__ = ["Run", "compress", "plan", "prepare_again", "quiet", "write_lock"]

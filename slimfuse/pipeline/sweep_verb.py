@@ -15,13 +15,12 @@ from slimfuse.cluster import check_address
 from slimfuse.errors import CheckFailed, UserError
 from slimfuse.pipeline.candidates import EXAMPLE, FOLDER, Candidate, candidates, every, sharing
 from slimfuse.pipeline.common import BaseJob
+from slimfuse.pipeline.lock import dumped, lock_text
 from slimfuse.pipeline.making import Made, make
 from slimfuse.pipeline.planning import Plan, check_disk, joint
 from slimfuse.pipeline.run import (
     Run,
     command_of,
-    dumped,
-    lock_text,
     planned_of,
     prepared,
     publish,

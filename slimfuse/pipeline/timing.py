@@ -11,6 +11,7 @@ from slimfuse_export import bench, resize_batch
 from slimfuse.batch import Batch, arrays
 from slimfuse.families import Family
 from slimfuse.onnx import export_onnx
+from slimfuse.pipeline.deployment import MAX_RUNS, MIN_RUNS
 from slimfuse.progress import working
 from slimfuse.recipe import Recipe
 from slimfuse.tasks import TASKS
@@ -48,7 +49,8 @@ class Timer:
             result = bench(
                 {"parent": self._base, "child": self._export(config)},
                 threads=[threads], batch=[batch], warmup=spec.warmup,
-                min_seconds=min(spec.min_seconds, MIN_SECONDS), seed=self.recipe.runtime.seed,
+                min_seconds=min(spec.min_seconds, MIN_SECONDS), min_runs=MIN_RUNS,
+                max_runs=MAX_RUNS, seed=self.recipe.runtime.seed,
                 make_inputs=lambda rows: resize_batch(arrays(self.example), rows),
             )  # fmt: skip
         return float(result.ratio("parent", "child", threads=threads, batch=batch).value)

@@ -45,11 +45,15 @@ GATE_LIMITS = dict.fromkeys(QUALITY, "max_drop") | {
 class Quantize(Strict):
     """The INT8 copy of the ONNX model."""
 
-    mode: Literal["auto", "dynamic", "none"] = Field(
-        "auto", description="auto: dynamic where max_drop holds; dynamic: always; none: never."
+    mode: Literal["auto", "dynamic", "static", "int4", "none"] = Field(
+        "auto",
+        description="auto, static, int4: INT8 with scales found as it runs (auto), from training "
+        "samples (static), or 4-bit weights, where max_drop holds; dynamic: always; none: never.",
     )
     max_drop: Fraction = Field(
-        0.01, description="Largest loss of the task's metric against the ONNX model, 0 to 1."
+        0.01,
+        description="Largest loss of the task's metric against the ONNX model, 0 to 1; where it is "
+        "larger, the noisiest matrix products stay float32, up to half of them.",
     )
 
 
@@ -57,6 +61,9 @@ class Export(Strict):
     """What is exported, and how close it must stay."""
 
     opset: int = Field(20, ge=18, le=24, description="ONNX operator set.")
+    optimize: bool = Field(
+        False, description="Try other graphs; keep one that is surely faster on this machine."
+    )
     quantize: Quantize = Field(Quantize(), description="The INT8 copy.")
     parity_atol: Positive = Field(
         1e-4, description="Largest difference between torch's and ONNX's answers, absolute."

@@ -15,6 +15,7 @@ from slimfuse.report.rows import (
     Row,
     Speedup,
     Stage,
+    Tried,
     from_json,
     to_json,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Stage",
     "SweepReport",
     "Trial",
+    "Tried",
     "accuracy_latency",
     "console_table",
     "draw",

@@ -130,6 +130,17 @@ class FileSize:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A way to a faster file that was tried: what became of it, what it gave, and why."""
+
+    file: str
+    name: str
+    outcome: str
+    figure: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Picture:
     """One picture as data, drawn later by `figures.draw`.
 
@@ -192,7 +203,7 @@ class Report:
 
     settings: the recipe lock. timings: seconds per stage of the run. metric: the one to lead with,
     "" for the first by name. zeros, sizes: the layers of a sparse child, and its files. findings:
-    tables of diagnostics, by group.
+    tables of diagnostics, by group. tried: for the ONNX files.
 
     Raises: SlimfuseError when two rows share a name or a speed-up names no row.
     """
@@ -213,6 +224,7 @@ class Report:
     zeros: tuple[LayerZeros, ...] = ()
     sizes: tuple[FileSize, ...] = ()
     findings: tuple[Finding, ...] = ()
+    tried: tuple[Tried, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", plain(self.settings))

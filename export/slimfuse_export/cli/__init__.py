@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import slimfuse_export
-from slimfuse_export.cli import making, proving
+from slimfuse_export.cli import making, proving, timing
 from slimfuse_export.errors import ExportError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Check, time and quantise a finished model folder, without torch.",
 )
-for room in (proving, making):
+for room in (proving, making, timing):
     room.add(app)
 
 

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from slimfuse_export.errors import ExportError
-from slimfuse_export.folder import INT8, MODEL
+from slimfuse_export.folder import INT8, MODEL, OPTIMIZED
 
 Dims = Annotated[
     list[str] | None,
-    typer.Option("--dim", metavar="NAME=SIZE", help="Size of a dynamic dim that is not the batch."),
+    typer.Option("--dim", metavar="NAME=SIZE", help="Size of a dynamic dim, but for the batch."),
 ]
 
 
@@ -28,6 +28,8 @@ def name_models(paths: Sequence[Path]) -> dict[str, Path]:
     if len(set(resolved)) < len(resolved):
         twice = sorted({str(path) for path in paths if resolved.count(path.resolve()) > 1})
         raise ExportError("a model is given twice", got=twice)
+    if not paths:
+        raise ExportError("no model is given", allowed="model folders or .onnx files")
     for depth in range(1, max(len(path.parts) for path in resolved) + 1):
         names = [_name(path, depth) for path in resolved]
         if len(set(names)) == len(names):
@@ -36,7 +38,7 @@ def name_models(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _name(path: Path, depth: int) -> str:
-    ends = {MODEL.parts: (), INT8.parts: ("int8",)}
+    ends = {MODEL.parts: (), INT8.parts: ("int8",), OPTIMIZED.parts: ("optimized",)}
     tail = ends.get(path.parts[-2:])
     root, tail = (path.with_suffix(""), ()) if tail is None else (path.parent.parent, tail)
     return "/".join((*root.parts[1:][-depth:], *tail))
@@ -46,7 +48,7 @@ def model_files(path: Path) -> list[Path]:
     """Return the ONNX files of a folder, or the file itself."""
     if not path.is_dir():
         return [path]
-    found = [path / model for model in (MODEL, INT8) if (path / model).is_file()]
+    found = [path / model for model in (MODEL, OPTIMIZED, INT8) if (path / model).is_file()]
     if not found:
         raise ExportError("the folder holds no model", where=path, allowed=f"{MODEL} or {INT8}")
     return found
@@ -62,12 +64,22 @@ def numbers(option: str, text: str) -> list[int]:
         ) from error
 
 
-def sizes(words: Sequence[str] | None) -> dict[str, int]:
-    """Return the sizes of dims, each as NAME=SIZE."""
-    found: dict[str, int] = {}
+def sizes(words: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+    """Return the sizes of dims, each as NAME=SIZE or NAME=SIZE,SIZE."""
+    found: dict[str, tuple[int, ...]] = {}
     for word in words or ():
-        name, _, size = word.partition("=")
-        if not name or not size.isdecimal() or int(size) < 1:
-            raise ExportError("not a dim's size", where="--dim", got=word, allowed="NAME=SIZE")
-        found[name] = int(size)
+        name, _, text = word.partition("=")
+        given = text.split(",")
+        if not name or not all(size.isdecimal() and int(size) >= 1 for size in given):
+            allowed = "NAME=SIZE or NAME=SIZE,SIZE"
+            raise ExportError("not a dim's size", where="--dim", got=word, allowed=allowed)
+        found[name] = tuple(int(size) for size in given)
     return found
+
+
+def single_sizes(words: Sequence[str] | None) -> dict[str, int]:
+    """Return the sizes of dims where each has one."""
+    found = sizes(words)
+    if several := [name for name, given in found.items() if len(given) > 1]:
+        raise ExportError("one size for each dim, please", where="--dim", got=", ".join(several))
+    return {name: given[0] for name, given in found.items()}

@@ -1,10 +1,9 @@
-"""Verbs that look and measure: check, bench, doctor."""
+"""Verbs that look: check, inspect, doctor."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,19 +12,18 @@ from rich.console import Console
 from rich.text import Text
 
 import slimfuse_export
-from slimfuse_export._files import replacing
-from slimfuse_export.bench import bench as run_bench
 from slimfuse_export.cli import _show
-from slimfuse_export.cli._words import Dims, model_files, name_models, numbers, sizes
+from slimfuse_export.cli._words import Dims, single_sizes
 from slimfuse_export.environment import environment
 from slimfuse_export.errors import CheckFailed, ExportError
 from slimfuse_export.folder import check_folder
-from slimfuse_export.quantize import int8_saturates, quantization_plan
+from slimfuse_export.inspecting import inspect_folder
+from slimfuse_export.quantization import int8_saturates, quantization_plan
 
 
 def add(app: typer.Typer) -> None:
     """Add this module's verbs."""
-    for verb in (check, bench, doctor):
+    for verb in (check, inspect, doctor):
         app.command()(verb)
 
 
@@ -36,7 +34,7 @@ def check(
     rtol: Annotated[float, typer.Option(help="Relative tolerance of float outputs.")] = 1e-3,
 ) -> None:
     """Open a folder from its files alone and check what deployment relies on."""
-    results = check_folder(folder, atol=atol, rtol=rtol, dims=sizes(dim))
+    results = check_folder(folder, atol=atol, rtol=rtol, dims=single_sizes(dim))
     _show.show_checks(Console(), results)
     if failed := [result.name for result in results if not result.passed]:
         raise CheckFailed(
@@ -44,37 +42,21 @@ def check(
         )
 
 
-def bench(
-    paths: Annotated[list[Path], typer.Argument(help="Model folders or .onnx files.")],
-    threads: Annotated[str, typer.Option(help="Numbers of threads, as 1,2.")] = "1",
-    batch: Annotated[str, typer.Option(help="Batch sizes, as 1,8.")] = "1",
-    dim: Dims = None,
-    warmup: Annotated[int, typer.Option(help="Untimed calls of each model.")] = 10,
-    min_seconds: Annotated[float, typer.Option(help="Timed seconds of each model.")] = 3.0,
-    seed: Annotated[int, typer.Option(help="Of inputs, order and intervals.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time models against each other, interleaved; the first one is the base."""
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ExportError("the folder to write into does not exist", where=json_file.parent)
-    models = name_models([model for path in paths for model in model_files(path)])
-    with _show.progress(Console(stderr=True)) as tell:
-        result = run_bench(
-            models,
-            dims=sizes(dim),
-            threads=numbers("--threads", threads),
-            batch=numbers("--batch", batch),
-            warmup=warmup,
-            min_seconds=min_seconds,
-            seed=seed,
-            progress=tell,
-        )
-    ratios = result.ratios(next(iter(models)), seed=seed)
-    _show.show_bench(Console(), result, ratios)
-    if json_file is not None:
-        report = {**result.as_dict(), "ratios": [asdict(ratio) for ratio in ratios]}
-        with replacing(json_file) as part:
-            part.write_text(json.dumps(report, indent=2) + "\n")
+    """Say what is in a folder's ONNX files, what they need and what they were made of."""
+    facts = inspect_folder(folder)
+    if not facts:
+        raise ExportError("the folder holds no model", where=folder, allowed="onnx/*.onnx")
+    console = Console()
+    if as_json:
+        text = json.dumps({name: one.as_dict() for name, one in facts.items()}, indent=2)
+        typer.echo(text)
+        return
+    for name, one in facts.items():
+        _show.show_facts(console, name, one)
 
 
 def doctor() -> None:
