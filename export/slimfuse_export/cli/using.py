@@ -1,0 +1,125 @@
+"""Verbs that use a model: predict."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimfuse_export.deployed import POOLINGS, Deployed, Options, Pooling, open_deployed
+from slimfuse_export.deployed.images import SUFFIXES
+from slimfuse_export.environment import cores_allowed
+from slimfuse_export.errors import CheckFailed, ExportError
+
+Folder = Annotated[Path, typer.Argument(help="A finished model folder.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="Run onnx/model_quantized.onnx.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of one call; by default every core.")]
+Pooled = Annotated[
+    str | None,
+    typer.Option(metavar="|".join(POOLINGS), help="Of embeddings; by default as the folder says."),
+]
+
+
+def add(app: typer.Typer) -> None:
+    """Add this module's verbs."""
+    app.command()(predict)
+
+
+def predict(
+    folder: Folder,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Texts; or image files and folders of them. - is lines of standard input."
+        ),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes, or tokens of each mask.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Inputs that run together.")] = 16,
+    pooling: Pooled = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of generated text.")] = 32,
+    temperature: Annotated[float, typer.Option(help="Of generated text; 0: the likeliest.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of generated text.")] = 0,
+    int8: Int8 = False,
+    threads: Threads = None,
+) -> None:
+    """Print one JSON line for each text or image: label and scores, embedding or text."""
+    options = Options(
+        top_k=top_k, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+    model = open_deployed(
+        folder, int8=int8, threads=threads or cores_allowed(), pooling=known_pooling(pooling)
+    )
+    words = list(inputs or ())
+    if not words and sys.stdin.isatty():
+        raise ExportError(
+            "there is nothing to predict",
+            allowed="image files and folders" if model.takes_images else "texts",
+            hint="give inputs, or - and lines on standard input",
+        )
+    ascii_only = sys.stdout.encoding.lower().replace("-", "") != "utf8"
+    failed, count = 0, 0
+    named = _named(model, words or ["-"])
+    while part := list(itertools.islice(named, batch)):
+        answers = model.predict((item for _, item in part), options, batch=batch)
+        for (name, _), answer in zip(part, answers, strict=True):
+            bad = isinstance(answer, ExportError)
+            failed, count = failed + bad, count + 1
+            told = {"error": one_line(answer)} if isinstance(answer, ExportError) else answer
+            print(json.dumps({"input": _printable(name), **told}, ensure_ascii=ascii_only))
+        sys.stdout.flush()  # whoever reads a pipe gets every batch as it is done
+    if failed:
+        raise CheckFailed(f"{failed} of {count} inputs failed", hint="their lines say why")
+
+
+def known_pooling(word: str | None) -> Pooling | None:
+    """Return a pooling by its name; raises ExportError for another word."""
+    for pooling in POOLINGS:
+        if word == pooling:
+            return pooling
+    if word is None:
+        return None
+    raise ExportError("unknown pooling", where="--pooling", got=word, allowed=", ".join(POOLINGS))
+
+
+def one_line(error: ExportError) -> str:
+    """Return what an error says without its line breaks."""
+    told = [str(error.what)]
+    told += [f"got {error.got}"] if error.got is not None else []
+    told += [f"allowed {error.allowed}"] if error.allowed is not None else []
+    return "; ".join(told)
+
+
+def _named(model: Deployed, words: Sequence[str]) -> Iterator[tuple[str, str | Path]]:
+    """Yield what each input is called and what it is; of a folder its images, in order."""
+    for word in words:
+        for line in _lines() if word == "-" else [word]:
+            if not model.takes_images:
+                yield line, line
+            elif (path := Path(line)).is_dir():
+                yield from ((str(file), file) for file in _images(path))
+            elif line:
+                yield line, path
+
+
+def _lines() -> Iterator[str]:
+    """Yield lines of standard input; bytes that are no UTF-8 stay what they are, as in paths."""
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", errors="surrogateescape").rstrip("\r\n")
+
+
+def _images(folder: Path) -> list[Path]:
+    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    if not found:
+        raise ExportError(
+            "the folder holds no images", where=folder, allowed=f"files {', '.join(SUFFIXES)}"
+        )
+    return found
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", errors="replace").decode()
