@@ -1,9 +1,10 @@
-"""Verbs that use a model: predict."""
+"""Verbs that use a model: predict, serve."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from slimfuse_export.deployed.images import SUFFIXES
 from slimfuse_export.environment import cores_allowed
 from slimfuse_export.errors import CheckFailed, ExportError
 
+TOKEN = "SLIMFUSE_EXPORT_TOKEN"  # noqa: S105 - its name
+
 Folder = Annotated[Path, typer.Argument(help="A finished model folder.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="Run onnx/model_quantized.onnx.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of one call; by default every core.")]
@@ -27,7 +30,8 @@ Pooled = Annotated[
 
 def add(app: typer.Typer) -> None:
     """Add this module's verbs."""
-    app.command()(predict)
+    for verb in (predict, serve):
+        app.command()(verb)
 
 
 def predict(
@@ -74,6 +78,88 @@ def predict(
         sys.stdout.flush()  # whoever reads a pipe gets every batch as it is done
     if failed:
         raise CheckFailed(f"{failed} of {count} inputs failed", hint="their lines say why")
+
+
+def serve(
+    folder: Folder,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help=f"Holds the token that clients must bear; or set {TOKEN}."),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Inputs that run together; by default 16, with --int8 one."),
+    ] = None,
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, help="That an input waits for others to share its batch.")
+    ] = 2.0,
+    max_queue: Annotated[int, typer.Option(min=1, help="Inputs that wait or run.")] = 256,
+    max_inputs: Annotated[int, typer.Option(min=1, help="Of one request.")] = 32,
+    max_body_mb: Annotated[float, typer.Option(help="Of one request.")] = 8.0,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of one image.")] = 20_000_000,
+    max_characters: Annotated[int, typer.Option(min=1, help="Of one text.")] = 100_000,
+    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 30.0,
+    drain: Annotated[int, typer.Option(min=0, help="Seconds to finish after SIGTERM.")] = 30,
+    pooling: Pooled = None,
+    int8: Int8 = False,
+    threads: Threads = None,
+) -> None:
+    """Answer over HTTP: a page at /, POST /predict, /health, /ready, /metrics, /openapi.json.
+
+    SIGTERM and Ctrl-C let the requests that are under way finish, then it exits with 0.
+    """
+    try:
+        from slimfuse_export.serving import Limits
+        from slimfuse_export.serving import serve as run
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            "the service's packages are not installed",
+            got=f"no {error.name}",
+            hint="pip install 'slimfuse-export[serve]'",
+        ) from error
+    limits = Limits(
+        body_bytes=int(max_body_mb * 2**20),
+        pixels=max_pixels,
+        characters=max_characters,
+        inputs=max_inputs,
+        queue=max_queue,
+        seconds=timeout,
+        # INT8 scales are those of a batch: alone an input always gets the same answer
+        batch=max_batch or (1 if int8 else 16),
+        wait_ms=max_wait_ms,
+    )
+    token = _token(token_file)
+    model = open_deployed(
+        folder, int8=int8, threads=threads or cores_allowed(), pooling=known_pooling(pooling)
+    )
+    run(
+        model,
+        host=host,
+        port=port,
+        token=token,
+        limits=limits,
+        drain_seconds=drain,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+
+
+def _token(file: Path | None) -> str | None:
+    """Return the token of a file or of the environment, never of an argument that others see."""
+    try:
+        token = os.environ.get(TOKEN) if file is None else file.read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            "the token can't be read", where=file, got=type(error).__name__, allowed="ASCII"
+        ) from error
+    if token is None:
+        return None
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ExportError(
+            "the token is not legal", where=file or TOKEN, allowed="printable ASCII without spaces"
+        )
+    return token
 
 
 def known_pooling(word: str | None) -> Pooling | None:

@@ -66,6 +66,17 @@ class Deployed:
         """Whether inputs are images, not texts."""
         return isinstance(self.preparation, ImagePreparation)
 
+    @property
+    def mask(self) -> str | None:
+        """The token that stands for what a masked language model fills in, None elsewhere."""
+        if self.description.task != "masked-lm" or isinstance(self.preparation, ImagePreparation):
+            return None
+        return self.preparation.token(self.preparation.mask)
+
+    def example(self) -> Row:
+        """Return a prepared input of no meaning, to run the model once."""
+        return self.prepare(Image.new("RGB", (16, 16)) if self.takes_images else self.mask or "a")
+
     def prepare(
         self,
         item: str | bytes | Path | Image.Image,
