@@ -1,4 +1,4 @@
-"""Verbs that use a model: predict, serve."""
+"""Verbs that use a model: predict, serve, package."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
+from slimfuse_export import packaging
 from slimfuse_export.deployed import POOLINGS, Deployed, Options, Pooling, open_deployed
 from slimfuse_export.deployed.images import SUFFIXES
 from slimfuse_export.environment import cores_allowed
@@ -19,6 +20,7 @@ from slimfuse_export.errors import CheckFailed, ExportError
 
 TOKEN = "SLIMFUSE_EXPORT_TOKEN"  # noqa: S105 - its name
 
+Layout = Literal["triton", "kserve", "zip"]
 Folder = Annotated[Path, typer.Argument(help="A finished model folder.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="Run onnx/model_quantized.onnx.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of one call; by default every core.")]
@@ -30,7 +32,7 @@ Pooled = Annotated[
 
 def add(app: typer.Typer) -> None:
     """Add this module's verbs."""
-    for verb in (predict, serve):
+    for verb in (predict, serve, package):
         app.command()(verb)
 
 
@@ -143,6 +145,41 @@ def serve(
         drain_seconds=drain,
         tell=lambda line: print(line, file=sys.stderr, flush=True),
     )
+
+
+def package(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="A new folder, or the zip.")],
+    kind: Annotated[
+        Layout, typer.Option("--format", help="Triton's repository, KServe's files, or one zip.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Of the model; by default the run's.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Of the server's batching.")] = 16,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="Of the server's batching.")] = 2.0,
+    storage_uri: Annotated[
+        str | None, typer.Option(help="Where KServe will find `models`, as pvc://CLAIM/PATH.")
+    ] = None,
+    int8: Int8 = False,
+) -> None:
+    """Write a folder's model as other servers take it, or all of its files as a zip."""
+    batching: dict[str, Any] = {
+        "name": name,
+        "max_batch": max_batch,
+        "wait_ms": max_wait_ms,
+        "int8": int8,
+    }
+    if kind == "zip":
+        print(f"{out}: {len(packaging.write_zip(folder, out))} files")
+    elif kind == "triton":
+        print(packaging.write_triton(folder, out, **batching))
+    elif storage_uri is None:
+        raise ExportError(
+            "KServe must know where the model will lie",
+            where="--storage-uri",
+            allowed="pvc://CLAIM/PATH, s3://…, gs://…",
+        )
+    else:
+        print(packaging.write_kserve(folder, out, storage_uri=storage_uri, **batching))
 
 
 def _token(file: Path | None) -> str | None:
