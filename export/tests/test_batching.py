@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from slimfuse_export import ExportError
-from slimfuse_export.deployed import Options
+from slimfuse_export.deployed import Options, Tokens
 from slimfuse_export.deployed.model import Row
 from slimfuse_export.serving import Batcher, Limits, QueueFull
 
@@ -58,6 +58,15 @@ def test_rows_of_other_shapes_run_apart_the_oldest_first():
     found, calls = run(scenario, wait=0.01)
     assert [answer["value"] for answer in found] == ["a", "b", "c", "d"]
     assert calls == [["a", "c"], ["b", "d"]]
+
+
+def test_texts_of_like_length_run_together():
+    async def scenario(batcher, model):
+        texts = [Tokens((1,) * n, (0,) * n) for n in (20, 32, 21, 31, 22, 30)]
+        await batcher.submit([row(text) for text in texts])
+
+    _, calls = run(scenario, rows=3)
+    assert [[len(text) for text in call] for call in calls] == [[20, 21, 22], [32, 31, 30]]
 
 
 def test_a_full_batch_does_not_wait():

@@ -42,6 +42,11 @@ class Row:
     key: tuple[int, ...]
 
     @property
+    def length(self) -> int:
+        """A text's tokens; images are all of one."""
+        return len(self.value) if isinstance(self.value, Tokens) else 0
+
+    @property
     def truncated(self) -> bool:
         """Whether a text was cut."""
         return isinstance(self.value, Tokens) and self.value.truncated

@@ -119,7 +119,10 @@ class Batcher:
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), left)
-        batch = [one for one in self._pending if one.row.key == key][: self._rows]
+        fitting = [one for one in self._pending if one.row.key == key]
+        # the oldest first, then those nearest to it in length: little is filling
+        fitting.sort(key=lambda one: abs(one.row.length - first.row.length))
+        batch = sorted(fitting[: self._rows], key=lambda one: one.since)
         taken = {id(one) for one in batch}
         self._leave([one for one in self._pending if id(one) not in taken])
         return batch
