@@ -51,9 +51,11 @@ def colours(folder: Path) -> Path:
     ]
     config = {
         "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
         "id2label": {str(i): name for i, name in enumerate(COLOURS)},
     }
-    processor = {"do_resize": True, "size": {"height": SIDE, "width": SIDE}, "resample": 2,
+    processor = {"image_processor_type": "ViTImageProcessor",
+                 "do_resize": True, "size": {"height": SIDE, "width": SIDE}, "resample": 2,
                  "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": False}  # fmt: skip
     return save(
         folder, nodes, {"four": np.float32(4)}, [PIXELS], ("logits", ["batch_size", 3]),
@@ -114,6 +116,7 @@ def states(folder: Path, task: str) -> Path:
     shape = ["batch_size", "sequence_length", rows.shape[1]]
     nodes = [helper.make_node("Gather", ["rows", "input_ids"], [name])]
     config = {"architectures": [task], "eos_token_id": number("</s>"), "n_positions": LIMIT}
+    config["model_type"] = "gpt2" if task == "GPT2LMHeadModel" else "bert"
     save(folder, nodes, {"rows": rows}, TOKENS, (name, shape), config)
     save_tokenizer(folder, around=task != "GPT2LMHeadModel")
     return folder
