@@ -12,7 +12,8 @@ import pytest
 import torch
 from slimfuse_export import ExportError
 from slimfuse_export.deployed import Deployed, Options, open_deployed
-from tiny_text import POSITIONS, tokenizer
+from tiny_deployed import save_bert, save_gpt2
+from tiny_text import POSITIONS
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,62 +21,24 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
 )
 
 from slimfuse.batch import Batch
-from slimfuse.onnx import export_onnx
 from slimfuse.tasks import TASKS
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "intermediate_size": 24, "max_position_embeddings": POSITIONS}  # fmt: skip
 TEXTS = ["the old cat", "a", "moss and fern and unheard words of the small saw", "axe " * 40, ""]
 
 
-def save(folder: Path, auto: Any, config: Any, kept: Any, output: str = "logits") -> Path:
-    """Save a random model with its tokenizer and its graph."""
-    torch.manual_seed(0)
-    model = auto.from_config(config, attn_implementation="eager").eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.3)  # answers far from each other
-    model.save_pretrained(folder)
-    kept.save_pretrained(folder)
-    (folder / "onnx").mkdir()
-    example = Batch(dict(kept(["the old cat", "a b c"], return_tensors="pt", padding=True)))
-    export_onnx(model, example, folder / "onnx" / "model.onnx", opset=20, output=output)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+@pytest.fixture
+def bert(tmp_path: Path) -> Callable[..., Path]:
     """Save a BERT with a given class on top."""
-
-    def make(auto: Any, output: str = "logits", **more: Any) -> Path:
-        kept = tokenizer(["[MASK]"])
-        kept.add_special_tokens({"mask_token": "[MASK]"})
-        config = AutoConfig.for_model("bert", vocab_size=len(kept), **SIZES, **more)
-        return save(tmp_path_factory.mktemp("bert") / "model", auto, config, kept, output)
-
-    return make
+    return lambda auto, *words, **more: save_bert(tmp_path / "bert", auto, *words, **more)
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
     """A GPT-2 without a padding token."""
-    plain = tokenizer()
-    plain.backend_tokenizer.post_processor = None
-    kept = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer, unk_token="[UNK]",
-                                   eos_token="[SEP]", model_max_length=POSITIONS)  # fmt: skip
-    kept.model_input_names = ["input_ids", "attention_mask"]
-    config = AutoConfig.for_model(
-        "gpt2", vocab_size=len(kept), n_embd=16, n_layer=2, n_head=2, n_positions=POSITIONS,
-        eos_token_id=3, bos_token_id=3,
-    )  # fmt: skip
-    kept.pad_token = "[PAD]"
-    folder = save(tmp_path_factory.mktemp("gpt2") / "model", AutoModelForCausalLM, config, kept)
-    kept.pad_token = None
-    kept.save_pretrained(folder)
-    return folder
+    return save_gpt2(tmp_path / "gpt2")
 
 
 def answers(model: Deployed, texts: list[str], options: Options | None = None) -> list[Any]:
