@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -217,3 +218,21 @@ def test_the_page_asks_for_the_token_and_tells_errors(tmp_path):
         page.run("document.getElementById('send').click()")
         page.wait("!document.getElementById('result').hidden")
         assert page.run("document.getElementById('headline').innerText") == "the cat oak"
+
+
+SCHEMATHESIS = shutil.which(os.environ.get("SLIMFUSE_SCHEMATHESIS", "schemathesis"))
+CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance",
+          "response_schema_conformance")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.interop
+@pytest.mark.skipif(SCHEMATHESIS is None, reason="SLIMFUSE_SCHEMATHESIS names no program")
+@pytest.mark.parametrize("make", [folders.sorts, folders.colours], ids=["texts", "images"])
+def test_schemathesis_finds_nothing_that_openapi_does_not_say(tmp_path, make):
+    with served(make(tmp_path / "model")) as (_, url):
+        wait_ready(url)
+        words = ["run", f"{url}/openapi.json", "--checks", ",".join(CHECKS), "--seed", "1",
+                 "--max-examples", "60", "--no-color"]  # fmt: skip
+        done = subprocess.run([SCHEMATHESIS, *words], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-4000:]

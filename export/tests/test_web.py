@@ -67,14 +67,16 @@ def test_a_folder_runs_in_the_browser(site, tmp_path):
         page.upload("#file", picture)
         page.wait("!document.getElementById('result').hidden")
         assert page.run("document.getElementById('headline').innerText") == "green"
-        assert page.run("document.querySelectorAll('#scores li').length") == 3
+        assert page.run("document.querySelector('#scores .score').innerText").endswith("%")
         page.open(f"{site}?model=causal")
         page.wait("!document.getElementById('ask').hidden")
         page.type("#text", "the")
         page.run("document.getElementById('send').click()")
         page.wait("!document.getElementById('result').hidden")
         assert page.run("document.getElementById('headline').innerText") == "the old cat dog"
-        assert [c for c in page.complaints if "wasm" not in c] == []
+        # the library asks for files that a folder may have, and warns of one core
+        usual = ("Failed to load resource", "wasm")
+        assert [c for c in page.complaints if not any(word in c for word in usual)] == []
         page.open(f"{site}?model=none")
         page.wait("!document.getElementById('error').hidden")
         assert "404" in page.run("document.getElementById('error').innerText")

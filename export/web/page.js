@@ -18,7 +18,7 @@ const show = (id, shown = true) => { find(id).hidden = !shown; };
 
 js.env.allowRemoteModels = false;
 js.env.allowLocalModels = true;
-js.env.localModelPath = new URL("models/", location.href).href;
+js.env.localModelPath = "models/"; // whole addresses count as remote ones
 js.env.backends.onnx.wasm.wasmPaths = new URL("lib/", location.href).href;
 js.env.backends.onnx.wasm.numThreads = 1; // more need cross-origin isolation
 

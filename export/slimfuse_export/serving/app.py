@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request, Security, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -163,7 +163,12 @@ def _add_checks(app: FastAPI, service: _Service) -> None:
         status, code = ("ready", 200) if service.ready else ("not ready", 503)
         return JSONResponse({"status": status}, code)
 
-    @app.get("/metrics", dependencies=bearer, responses={401: _REFUSED[401]})
+    @app.get(
+        "/metrics",
+        dependencies=bearer,
+        responses={401: _REFUSED[401]},
+        response_class=PlainTextResponse,
+    )
     async def counted() -> Response:
         """Return counters and histograms for Prometheus."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
