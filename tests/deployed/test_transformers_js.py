@@ -23,7 +23,7 @@ from slimfuse_export.deployed import open_deployed
 from slimfuse_export.deployed.texts import TextPreparation
 from slimfuse_export.sessions import run_session
 from tiny_deployed import save_bert, save_gpt2, save_vit
-from tiny_text import FILLING, WORDS
+from tiny_text import FILLING, POSITIONS, WORDS
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -65,7 +65,9 @@ def inputs_of(task: str) -> tuple[list[Any], list[Any]]:
         sent = [{"data": a.ravel().tolist(), "width": 8, "height": 8} for a in arrays]
         return [Image.fromarray(a) for a in arrays], sent
     drawn, words = random.Random(0), [*FILLING, *(w for group in WORDS.values() for w in group)]
-    texts = [" ".join(drawn.choices(words, k=drawn.randint(1, 30))) for _ in range(COUNT)]
+    # none is cut: transformers.js cuts the closing token off as well
+    most = POSITIONS - 2
+    texts = [" ".join(drawn.choices(words, k=drawn.randint(1, most))) for _ in range(COUNT)]
     return texts, texts
 
 
