@@ -9,7 +9,7 @@ SOURCES := slimfuse export tests benchmarks
 	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
 	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
-	bench-distillation bench-sweep bench-processes bench-protect bench-deployment clean
+	bench-distillation bench-sweep bench-processes bench-protect bench-deployment bench-serving clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -77,6 +77,10 @@ bench-structured: install
 
 bench-saliency-fusion: install
 	$(BIN)/python benchmarks/saliency_fusion.py
+
+bench-serving: install
+	$(PIP) install -c constraints.txt -e './export[serve]'
+	$(BIN)/python benchmarks/serving.py
 
 bench-sweep: install
 	$(BIN)/python benchmarks/sweep.py

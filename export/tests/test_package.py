@@ -1,5 +1,7 @@
 """The distribution stands alone."""
 
+import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -13,13 +15,39 @@ from slimfuse_export import CheckFailed, ExportError
 def test_no_module_imports_torch_transformers_or_slimfuse():
     names = ["onnxruntime.quantization"]  # imported late, so named here
     names += [m.name for m in pkgutil.walk_packages(slimfuse_export.__path__, "slimfuse_export.")]
-    assert "slimfuse_export.bench" in names
+    for part in ("bench", "deployed.model", "serving.server", "packaging.triton", "cli.using"):
+        assert f"slimfuse_export.{part}" in names
     code = (
         f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\n"
         "print(sorted({'torch', 'transformers', 'slimfuse'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_service_is_an_extra():
+    code = (
+        "import slimfuse_export.cli, slimfuse_export.deployed, sys; print('fastapi' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_container_is_no_root_and_asks_whether_it_is_ready():
+    lines = (Path(__file__).parents[1] / "Dockerfile").read_text().splitlines()
+    words = [line.split()[0] for line in lines if line[:1].isupper()]
+    assert words.index("USER") < words.index("ENTRYPOINT")
+    assert not any(line.startswith("USER root") for line in lines)
+    entry = next(line for line in lines if line.startswith("ENTRYPOINT"))
+    asked = next(line for line in lines if line.startswith("CMD"))
+    verb, folder, *options = [*json.loads(entry[10:])[1:], *json.loads(asked[3:])]
+    assert (verb, folder) == ("serve", "/model")
+    known = subprocess.run(
+        [sys.executable, "-m", "slimfuse_export", "serve", "--help"],
+        capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"},
+    ).stdout  # fmt: skip
+    assert all(option in known for option in options if option.startswith("--"))
+    assert any("/ready" in line for line in lines)
 
 
 def test_version_is_that_of_the_distribution():

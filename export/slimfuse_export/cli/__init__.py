@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import slimfuse_export
-from slimfuse_export.cli import making, proving, timing
+from slimfuse_export.cli import making, proving, timing, using
 from slimfuse_export.errors import ExportError
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Check, time and quantise a finished model folder, without torch.",
+    help="Check, time, quantise, use and serve a finished model folder, without torch.",
 )
 for room in (proving, making, timing):
     room.add(app)
