@@ -60,7 +60,7 @@ class Data:
 def bare(model: nn.Module, data: Data, steps: int, precision: Precision) -> list[float]:
     """Train as one would by hand."""
     model.eval()  # no dropout, as in the loop
-    optimizer = torch.optim.AdamW(parameter_groups(model, DECAY), lr=LR)
+    optimizer = torch.optim.AdamW(parameter_groups(model, DECAY), lr=LR, fused=True)
     losses = []
     for step in range(steps):
         warm = max(1, round(WARMUP * steps))

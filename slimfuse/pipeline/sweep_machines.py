@@ -19,8 +19,9 @@ import torch
 from slimfuse.cluster import Needs, answered
 from slimfuse.errors import CheckFailed, UserError
 from slimfuse.pipeline.deployment import Deployment
+from slimfuse.pipeline.lock import lock_text
 from slimfuse.pipeline.making import stages_of
-from slimfuse.pipeline.run import lock_text, write_lock
+from slimfuse.pipeline.run import write_lock
 from slimfuse.progress import console, track
 from slimfuse.store import Store, digest, write_text
 

@@ -12,7 +12,8 @@ import torch
 
 from slimfuse.errors import UserError
 from slimfuse.pipeline.candidates import Candidate
-from slimfuse.pipeline.run import lock_text, quiet
+from slimfuse.pipeline.lock import lock_text
+from slimfuse.pipeline.run import quiet
 from slimfuse.pipeline.sweep_machines import WAIT
 from slimfuse.pipeline.sweep_verb import made_of, opened
 from slimfuse.store import LOCK, Store

@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Check, time, quantise, use and serve a finished model folder, without torch.",
 )
-for room in (proving, making, timing):
+for room in (proving, making, timing, using):
     room.add(app)
 
 
