@@ -16,6 +16,7 @@ from slimfuse.errors import CheckFailed, UserError
 from slimfuse.pipeline import Run
 from slimfuse.stock import one_process, verify
 from slimfuse.stock.process import clean_process
+from slimfuse.stock.scripts import COMPARE
 
 
 @pytest.fixture
@@ -127,3 +128,20 @@ def test_a_script_leaves_nothing_to_the_next(model: Path) -> None:
         assert process.ask("tell({'x': left})", model, 3) == {
             "error": "NameError: name 'left' is not defined"
         }
+
+
+@pytest.mark.parametrize("place, gap", [((0, 2, 1), 0.0), ((0, 1, 1), 0.5)])
+def test_padding_is_not_compared(tmp_path: Path, place: tuple[int, ...], gap: float) -> None:
+    (tmp_path / "onnx").mkdir()
+    mask, want = np.array([[1, 1, 0], [1, 1, 1]]), np.ones((2, 3, 4))
+    cases = {"0/inputs/attention_mask": mask, "0/outputs/last_hidden_state": want}
+    np.savez(tmp_path / "onnx" / "samples.npz", **cases)
+    got, told = want.copy(), dict[str, Any]()
+    got[place] += 0.5
+    given: dict[str, Any] = {
+        "folder": str(tmp_path), "np": np, "answer": lambda inputs: got, "problems": {},
+        "output": "last_hidden_state", "name": "x", "processor": 0, "parameters": 1,
+        "tell": told.update,
+    }  # fmt: skip
+    exec(COMPARE, given)
+    assert told["gap"] == gap and told["samples"] == 2 and not told["problems"]

@@ -88,6 +88,10 @@ for case in sorted({key.split("/")[0] for key in saved if "/inputs/" in key}):
         problems["shape of the " + output] = [str(got.shape), str(want.shape)]
         continue
     samples += len(want)
+    mask = inputs.get("attention_mask")
+    if mask is not None and got.shape[:2] == mask.shape:
+        # nobody reads the padding, and its rounding is larger: 4e-5 in twelve blocks
+        got, want = got[mask == 1], want[mask == 1]
     gap = float(np.maximum(gap, np.abs(got - want).max()))  # keeps a NaN, unlike max()
     scale = max(scale, float(np.abs(want).max()))
 tell({"class": name, "processor": type(processor).__name__, "problems": problems, "gap": gap,
