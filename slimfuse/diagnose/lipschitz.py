@@ -56,7 +56,7 @@ def convolution_norm(weight: Tensor, size: Sequence[int]) -> float:
     (out, in): Sedghi et al. 2019 (arXiv 1805.10408). Zero padding has no more than that.
     """
     axes = tuple(range(2, weight.ndim))
-    spectrum = torch.fft.fftn(weight.double(), s=tuple(size), dim=axes)
+    spectrum = torch.fft.fftn(weight.detach().double(), s=tuple(size), dim=axes)
     matrices = spectrum.flatten(2).permute(2, 0, 1)
     return float(torch.linalg.matrix_norm(matrices, ord=2).max())
 
@@ -70,7 +70,8 @@ def product_bound(model: nn.Sequential, size: Sequence[int] = ()) -> float:
     factors = []
     for layer in model:
         if isinstance(layer, nn.Linear):
-            factors.append(float(torch.linalg.matrix_norm(layer.weight.double(), ord=2)))
+            weight = layer.weight.detach().double()
+            factors.append(float(torch.linalg.matrix_norm(weight, ord=2)))
         elif isinstance(layer, nn.Conv1d | nn.Conv2d):
             assert set(layer.stride) == {1}, "of stride 1"
             grown = [n + k - 1 for n, k in zip(size, layer.kernel_size, strict=True)]

@@ -85,7 +85,8 @@ def test_a_linear_net_has_one_slope() -> None:
     joint = (model[1].weight @ model[0].weight).detach()
     want = float(torch.linalg.matrix_norm(joint, ord=2))
     found = slopes_of(model, normal(3, 6, seed=1), iterations=60)
-    assert found.tolist() == pytest.approx([want] * 3, rel=1e-6)
+    assert found.tolist() == pytest.approx([want] * 3, rel=1e-3)  # from below
+    assert float(found.max()) <= want * (1 + 1e-12)
     alone = nn.Sequential(nn.Linear(6, 5)).double()
     assert product_bound(alone) == pytest.approx(
         float(slopes_of(alone, normal(1, 6, seed=2), iterations=60)[0]), rel=1e-9
@@ -99,7 +100,7 @@ def test_the_sandwich() -> None:
     x = normal(40, 6, seed=3)
     lower = slopes_of(model, x, iterations=60)
     dense = torch.func.vmap(torch.func.jacrev(model))(x)
-    true = torch.linalg.matrix_norm(dense, ord=2)
+    true = torch.linalg.matrix_norm(dense, ord=2).detach()
     torch.testing.assert_close(lower, true, rtol=1e-3, atol=0)  # power iteration, from below
     assert bool((lower <= true * (1 + 1e-12)).all())
     pairs = normal(40, 6, seed=4)
