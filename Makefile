@@ -9,7 +9,8 @@ SOURCES := slimfuse export tests benchmarks
 	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
 	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
-	bench-distillation bench-sweep bench-processes bench-protect bench-deployment bench-serving clean
+	bench-distillation bench-sweep bench-processes bench-protect bench-trends bench-deployment \
+	bench-serving clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -62,6 +63,9 @@ bench-distillation: install
 
 bench-shipped: install
 	$(BIN)/python benchmarks/shipped.py
+
+bench-trends: install
+	$(BIN)/python benchmarks/trends.py
 
 bench-protect: install
 	$(BIN)/python benchmarks/protect.py

@@ -10,21 +10,34 @@ import slimfuse.compat  # noqa: F401 - before anything that might import torchvi
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from slimfuse.pipeline import Comparison, Run, Sweep, compare, compress, plan, sparsify, sweep
+    from slimfuse.pipeline import (
+        Comparison,
+        Diagnosis,
+        Run,
+        Sweep,
+        compare,
+        compress,
+        diagnose,
+        plan,
+        sparsify,
+        sweep,
+    )
     from slimfuse.stock import verify
 
 __version__ = "0.1.0"
 __all__ = [
-    "Comparison", "Run", "Sweep", "__version__", "compare", "compress", "plan", "sparsify", "sweep",
-    "verify",
+    "Comparison", "Diagnosis", "Run", "Sweep", "__version__", "compare", "compress", "diagnose",
+    "plan", "sparsify", "sweep", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "Comparison": "slimfuse.pipeline",
+    "Diagnosis": "slimfuse.pipeline",
     "Run": "slimfuse.pipeline",
     "Sweep": "slimfuse.pipeline",
     "compare": "slimfuse.pipeline",
     "compress": "slimfuse.pipeline",
+    "diagnose": "slimfuse.pipeline",
     "plan": "slimfuse.pipeline",
     "sparsify": "slimfuse.pipeline",
     "sweep": "slimfuse.pipeline",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from slimfuse.cli.diagnose import diagnose
 from slimfuse.cli.recipes import Overrides, RecipePath, recipes
 from slimfuse.errors import SlimfuseError, Terminated, UserError
 from slimfuse.interrupt import terminate
@@ -31,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(recipes, name="recipe")
+app.command()(diagnose)
 
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder (default runs/NAME).")]
 

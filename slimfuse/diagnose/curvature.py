@@ -149,3 +149,16 @@ def difference(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
     first = dict(before.named_parameters())
     gaps = {name: (p - first[name]).detach() for name, p in after.named_parameters()}
     return {name: gap for name, gap in gaps.items() if bool(gap.any())}
+
+
+def scalar_curvature(slope: Tensor, hessian: Tensor) -> float:
+    """Return the scalar curvature of a loss' graph, from its slope g (n,) and Hessian (n, n).
+
+    S = β[(tr H)² - tr H²] + 2β²[gᵀH²g - tr(H) gᵀHg], β = 1/(1 + |g|²); at a minimum
+    ‖H‖_F²(PR - 1), PR = (tr H)²/tr H². It is not invariant to a rescaling of the weights.
+    """
+    g, h = slope.double(), hessian.double()
+    beta = 1 / (1 + g @ g)
+    trace, moved = h.trace(), h @ g
+    flat_part = trace**2 - (h * h).sum()
+    return float(beta * flat_part + 2 * beta**2 * (moved @ moved - trace * (g @ moved)))

@@ -20,6 +20,7 @@ from slimfuse.pipeline.results import Measurements
 from slimfuse.pipeline.sparse import Sparse, thin
 from slimfuse.pipeline.sparse_report import card, measure_files
 from slimfuse.pipeline.stages import METHOD_OF, BaseStages, Figures, Shared, Stages, training_of
+from slimfuse.pipeline.why import why
 from slimfuse.progress import console
 from slimfuse.store import Stage, Store
 from slimfuse.tasks import Metric
@@ -176,7 +177,7 @@ def make(job: BaseJob, store: Store, planned: Plan, shared: Shared | None = None
         job=job, plan=planned, measured=measured, parents=parents,
         anchor=anchor, parity={**parent_parity, "onnx": parity}, fused=made.fused,
         control=made.control, finetuned=finetuned, sparse=sparse, files=sizes,
-        baselines=baselines, starts=starts,
+        baselines=baselines, starts=starts, why=why(stages, made.fused, child),
         package=package, int8=int8,
         tried=tried if small is None else (*tried, *small.tried),
         int8_dropped=int8 is not shipped, batches=batches,

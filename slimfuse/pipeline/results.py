@@ -21,7 +21,7 @@ from slimfuse.pipeline.sparse_report import (
 )
 from slimfuse.pipeline.stages import Figures
 from slimfuse.recipe import Gate
-from slimfuse.report import Figure, GateResult, Latency, Report, Row, Speedup, Tried
+from slimfuse.report import Figure, Finding, GateResult, Latency, Report, Row, Speedup, Tried
 from slimfuse.report import Stage as StageName
 from slimfuse.store import Stage
 from slimfuse.tasks import Evidence
@@ -53,6 +53,7 @@ class Measurements:
     int8_dropped: bool
     evidence: dict[str, Evidence]
     batches: dict[str, int]
+    why: tuple[Finding, ...] = ()
     command: str = ""
     lock: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
@@ -96,7 +97,7 @@ def make_report(m: Measurements) -> Report:
         metric=m.job.task.metric.key,
         zeros=layers(m.sparse.child) if m.sparse is not None else (),
         sizes=m.files.sizes if m.files is not None else (),
-        findings=protecting.findings(m.finetuned),
+        findings=(*protecting.findings(m.finetuned), *m.why),
         tried=m.tried,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
+from slimfuse.recipe.diagnosing import Diagnose
 from slimfuse.recipe.finetuning import Finetune, check_finetune
 from slimfuse.recipe.fusing import Axis, Fuse, Method, Target
 from slimfuse.recipe.inputs import Data, Parent
@@ -159,6 +160,9 @@ class Recipe(Strict):
     finetune: Finetune = Field(Finetune(), description="Training of the fused model.")
     sparsify: Sparsify | None = Field(
         None, description="Zeros in the finetuned model before its export; null: none."
+    )
+    diagnose: Diagnose | None = Field(
+        None, description="Tables that say why the child works; null: none."
     )
     baselines: Distinct[Method] = Field(
         ("random",), description="Other starts (methods), finetuned in the same way to compare."

@@ -1,0 +1,60 @@
+"""`slimfuse diagnose`: tables that decide something, of saved models or of a recipe's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimfuse.cli.recipes import Overrides
+from slimfuse.progress import working
+
+
+def diagnose(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="A recipe; or saved models, the parent first, its children behind it.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="A data source's name, or a folder with train and test.")
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="As in a recipe (default: by config.json).")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="As in a recipe (default: by config.json).")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Held-out samples of each table.")] = 64,
+    probes: Annotated[int, typer.Option(help="Random probes of each sample.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Time of all tables together.")] = 300.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw and the probes.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON.")] = False,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A recipe's run folder (default runs/NAME).")
+    ] = None,
+) -> None:
+    """Say how narrow a model can be, why its child works, if it is brittle, what INT8 costs."""
+    from rich.console import Console
+
+    with working("starting"):
+        from slimfuse.pipeline import diagnose as examine
+    from slimfuse.report import finding_table
+
+    found = examine(
+        *models, data=data, family=family, task=task, samples=samples, probes=probes,
+        seconds=seconds, seed=seed, overrides=tuple(overrides or ()), out=out,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps([asdict(t) for t in found.tables], ensure_ascii=False, indent=1))
+        return
+    stdout = Console(highlight=False)
+    for table in found.tables:
+        stdout.print(finding_table(table))
+        stdout.print()
