@@ -136,7 +136,7 @@ def test_a_second_run_repeats_nothing(copied: Path, tiny_recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "repeated"),
     [
-        ("bench.min_seconds=0.03", {"bench"}),
+        ("bench.min_seconds=0.03", {"bench", "package"}),  # whose files name their recipe
         (
             "finetune.lr=1e-3",
             {

@@ -53,8 +53,8 @@ target:
   hidden_size: 0.5
 """
 TOP_KEYS = (
-    "baselines, bench, data, export, family, finetune, fuse, gates, name, parents, runtime, "
-    "sparsify, target, task, version"
+    "baselines, bench, data, diagnose, export, family, finetune, fuse, gates, name, parents, "
+    "runtime, sparsify, target, task, version"
 )
 FUSE_KEYS = (
     "alignment, batch_size, heads, layers, method, ot, parent_weights, parents, refit, ridge, "
