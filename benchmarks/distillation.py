@@ -187,15 +187,23 @@ def table(kept: Kept, kind: str) -> list[str]:
     if gains:
         told = "; ".join(f"{name} {gain}" for name, gain in gains.items())
         lines += ["", f"Hidden states beside answers alone, points, paired by seed: {told}."]
-    weighed = [
-        f"{STARTS[s]}: " + ", ".join(f"{w:g}: {found}" for w in WEIGHTS if (
-            found := spread(kept.over(SEEDS[:1], row(kind, s, STEPS[0], f"weight {w:g}"),
-                                      "accuracy"))))
-        for s in STARTS
-    ]  # fmt: skip
-    if any(": " in text[-8:] or "," in text for text in weighed):
-        lines += ["", f"Weights of the hidden states, {STEPS[0]} steps, seed 0: "
-                      f"{'; '.join(weighed)}."]  # fmt: skip
+    weighed = {
+        title: ", ".join(
+            f"{w:g}: {found}"
+            for w in WEIGHTS
+            if (found := spread(kept.over(SEEDS[:1], row(kind, start, STEPS[0], f"weight {w:g}"),
+                                          "accuracy")))
+        )
+        for start, title in STARTS.items()
+    }  # fmt: skip
+    if any(weighed.values()):
+        told = "; ".join(f"{title}: {found}" for title, found in weighed.items() if found)
+        lines += ["", f"Weights of the hidden states, {STEPS[0]} steps, seed 0: {told}."]
+    if len(seeds) < len(SEEDS):
+        lines += [
+            "",
+            "Unfinished: an empty cell is yet to be measured, one without ± has one seed.",
+        ]
     return [*lines, ""]
 
 

@@ -19,21 +19,10 @@ PRODUCER = "slimfuse"
 STANDARD = ("", "ai.onnx")
 CONTRIB = "com.microsoft"
 # First onnxruntime release for an operator set and for a file format (IR): each release of 1.19 to
-# 1.26 was asked to open files of them; what 1.19 opens is as onnxruntime's release notes have it.
-_SINCE_OPSET = {
-    18: "1.14",
-    19: "1.15",
-    20: "1.17",
-    21: "1.18",
-    22: "1.21",
-    23: "1.23",
-    24: "1.24",
-    25: "1.24",
-    26: "1.25",
-}
-_SINCE_IR = {9: "1.15", 10: "1.18", 11: "1.23", 12: "1.24", 13: "1.24"}
-_SINCE_OPERATOR = {"MatMulNBits": "1.17"}
-_OLDEST = "1.14"
+# 1.26 was asked to open files of them. What 1.19 opens may be older; no older one was asked.
+_SINCE_OPSET = {22: "1.21", 23: "1.23", 24: "1.24", 25: "1.24", 26: "1.25"}
+_SINCE_IR = {11: "1.23", 12: "1.24", 13: "1.24"}
+_OLDEST = "1.19"
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def min_onnxruntime(model: onnx.ModelProto) -> str:
-    """Return the first onnxruntime release that opens the model, as "1.17".
+    """Return the first onnxruntime release, of 1.19 and later, that opens the model, as "1.21".
 
     Raises: ExportError for an operator set or format newer than any known here.
     """
@@ -85,7 +74,6 @@ def min_onnxruntime(model: onnx.ModelProto) -> str:
                 f"the model's {what} is too new", got=value, allowed=f"up to {max(known)}"
             )
         needs += [known[value]] if value in known else []
-    needs += [_SINCE_OPERATOR[n.op_type] for n in model.graph.node if n.op_type in _SINCE_OPERATOR]
     return max(needs, key=release)
 
 

@@ -29,7 +29,7 @@ def test_what_is_written_is_read_and_equal_files_give_equal_bytes(write):
         stamp_file(path, step="export", provenance=MADE_OF)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     found = read_metadata(paths[0])
-    assert (found.opset, found.min_onnxruntime, found.producer) == (20, "1.18", "slimfuse")
+    assert (found.opset, found.min_onnxruntime, found.producer) == (20, "1.19", "slimfuse")
     assert (found.history, found.provenance) == (("export",), MADE_OF)
     once = paths[0].read_bytes()
     stamp_file(paths[0])  # nothing new: nothing changes
@@ -58,7 +58,7 @@ def test_other_metadata_is_left_alone(write):
 
 @pytest.mark.parametrize(
     ("opset", "ir", "release"),
-    [(20, 9, "1.17"), (20, 10, "1.18"), (22, 10, "1.21"), (23, 11, "1.23"), (18, 8, "1.14")],
+    [(20, 10, "1.19"), (22, 10, "1.21"), (23, 11, "1.23"), (20, 12, "1.24"), (18, 8, "1.19")],
 )
 def test_the_first_onnxruntime_is_that_of_opset_and_format(write, opset, ir, release):
     model = onnx.load(str(write()))
@@ -166,7 +166,7 @@ def test_check_compares_the_files_and_the_recipe_beside(finished):
 def test_check_refuses_an_older_onnxruntime(finished, monkeypatch):
     from slimfuse_export import folder_parts
 
-    monkeypatch.setattr(folder_parts, "version", lambda _: "1.17.3")
+    monkeypatch.setattr(folder_parts, "version", lambda _: "1.18.1")
     assert failures(finished) == {
         "onnx/model.onnx: metadata", "onnx/model_quantized.onnx: metadata",
     }  # fmt: skip

@@ -121,7 +121,10 @@ class LayerZeros:
 
 @dataclass(frozen=True)
 class FileSize:
-    """A file of the dense or the sparse child: its bytes, and those that zlib (level 6) makes."""
+    """A file of the dense or the sparse child: its bytes, and those that zlib (level 6) makes.
+
+    Both as they are exported, before they are told what they are made of (some hundred bytes).
+    """
 
     model: Literal["dense", "sparse"]
     file: str

@@ -25,7 +25,7 @@ class Limits:
     new_tokens: int = 256
     queue: int = 256
     seconds: float = 30.0
-    connections: int = 512
+    connections: int = 128  # × body_bytes: a GiB of bodies at most
     batch: int = 16
     wait_ms: float = 2.0
 
