@@ -141,7 +141,7 @@ def quantised(seed: int) -> list[dict[str, float]]:
 TRENDS: dict[str, Callable[[int], list[dict[str, float]]]] = {
     "Tokens become alike with depth": collapse,
     "Bounds of the Lipschitz constant over width": slopes,
-    "Rank of a CNN's Hessian over its parameters": ranks,
+    "Rank of a linear CNN's Hessian, by the formula": ranks,
     "Double descent of a refit, and leave-one-out": descent,
     "KL of rounded weights, forecast and measured": quantised,
 }
@@ -174,7 +174,7 @@ def main() -> None:
     deep, wide = found["Tokens become alike with depth"], found[
         "Bounds of the Lipschitz constant over width"
     ]  # fmt: skip
-    cnn, refit = found["Rank of a CNN's Hessian over its parameters"], found[
+    cnn, refit = found["Rank of a linear CNN's Hessian, by the formula"], found[
         "Double descent of a refit, and leave-one-out"
     ]  # fmt: skip
     slope = [log(b["rank"] / a["rank"]) / log(b["parameters"] / a["parameters"])
