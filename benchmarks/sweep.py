@@ -35,7 +35,7 @@ class Spent:
 def timed(*arguments: str) -> Spent:
     """Run slimfuse in a process of its own."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "slimfuse.cli", *arguments], check=False)
+    done = subprocess.run([sys.executable, "-m", "slimfuse", *arguments], check=False)
     assert done.returncode in FINISHED, f"{arguments} ended with {done.returncode}"
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
