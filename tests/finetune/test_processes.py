@@ -29,6 +29,7 @@ from slimfuse.finetune import loop, several
 from slimfuse.finetune.checkpoint import Progress
 from slimfuse.finetune.distill import labels_loss
 from slimfuse.finetune.loop import Loss, fit
+from slimfuse.finetune.lora import adapted
 from slimfuse.finetune.schedule import Schedule
 from slimfuse.finetune.validate import Validation
 from slimfuse.interrupt import terminate
@@ -62,6 +63,15 @@ def train(
         net, loss or learn(), SAMPLES, plan, precision="fp32", checkpoint=file, what="testing",
         validation=held_out,
     )  # fmt: skip
+
+
+def adapters(file: Path) -> tuple[nn.Module, Progress]:
+    """Train low-rank adapters of the blocks and merge them."""
+    net, family = vit(), ViT()
+    blocks = [block.path for block in family.blocks(net.config)]
+    with adapted(net, blocks, rank=2, alpha=4.0, seed=7, whole=("classifier",)):
+        progress = fit(net, learn(), SAMPLES, PLAN, precision="fp32", checkpoint=file, what="testing")
+    return net, progress
 
 
 def result(net: nn.Module, progress: Progress) -> dict[str, Tensor]:
@@ -125,6 +135,7 @@ CASES: dict[str, Callable[[Path], tuple[nn.Module, Progress]]] = {
     "parts": lambda root: train(root / "parts.safetensors", replace(PLAN, accumulate=3)),
     "averaged": lambda root: train(root / "averaged.safetensors", replace(PLAN, ema=0.9)),
     "the best": lambda root: train(root / "best.safetensors", held_out=held_out()),
+    "adapters": lambda root: adapters(root / "adapters.safetensors"),
     "by turns": lambda root: train(begun(root / "turns.safetensors")),
 }
 
