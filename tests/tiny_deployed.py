@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from slimfuse.batch import Batch
 from slimfuse.onnx import export_onnx
+from slimfuse.tasks import TASKS
 from slimfuse.tasks.image_classification import make_processor
 
+IMAGES = "image-classification"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 24, "max_position_embeddings": POSITIONS}  # fmt: skip
 
@@ -27,7 +29,8 @@ def save(
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3)  # answers far from each other
     model.save_pretrained(folder)
-    kept.save_pretrained(folder)
+    task = "text-classification" if isinstance(kept, PreTrainedTokenizerFast) else IMAGES
+    TASKS[task].save(kept, folder)
     graphs = [folder / "onnx" / f"model{kind}.onnx" for kind in ("", "_quantized")]
     graphs[0].parent.mkdir()
     export_onnx(model, example, graphs[0], opset=20, output=output)
@@ -58,7 +61,7 @@ def save_gpt2(folder: Path) -> Path:
     )  # fmt: skip
     save(folder, AutoModelForCausalLM, config, kept, _texts(kept))
     kept.pad_token = None
-    kept.save_pretrained(folder)
+    TASKS["causal-lm"].save(kept, folder)
     return folder
 
 

@@ -21,6 +21,8 @@ IDS = "input_ids"
 SIDES = ("truncation_side", "padding_side")
 CALLED = ("max_length", "stride", "truncation_strategy")
 """What stays in a tokenizer's settings of its last call before it was saved."""
+PLAIN = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+"""The class of a tokenizer of no model, as transformers 5 call it and as all releases know it."""
 
 
 class TextSamples(Samples, Protocol):
@@ -155,6 +157,7 @@ class TextTask(Task):
         preprocessor.backend_tokenizer.no_truncation()
         preprocessor.backend_tokenizer.no_padding()
         super().save(preprocessor, folder)
+        _name_known(folder / "tokenizer_config.json")
 
     def identity(self, preprocessor: Any) -> dict[str, Any]:
         """Return a digest of the tokenizer's rules, its tokens and sides, how long texts may be."""
@@ -175,3 +178,13 @@ class TextTask(Task):
         if uniform and len(found):
             found.length = int(found.lengths.max())
         return found
+
+
+def _name_known(file: Path) -> None:
+    """Give the saved tokenizer's class a name that transformers 4 and optimum know, too."""
+    told = json.loads(file.read_text(encoding="utf-8"))
+    name = told.get("tokenizer_class")
+    if name in PLAIN:
+        told["tokenizer_class"] = PLAIN[name]
+        text = json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False)
+        file.write_text(f"{text}\n", encoding="utf-8")

@@ -70,7 +70,9 @@ def adapters(file: Path) -> tuple[nn.Module, Progress]:
     net, family = vit(), ViT()
     blocks = [block.path for block in family.blocks(net.config)]
     with adapted(net, blocks, rank=2, alpha=4.0, seed=7, whole=("classifier",)):
-        progress = fit(net, learn(), SAMPLES, PLAN, precision="fp32", checkpoint=file, what="testing")
+        progress = fit(
+            net, learn(), SAMPLES, PLAN, precision="fp32", checkpoint=file, what="testing"
+        )
     return net, progress
 
 
