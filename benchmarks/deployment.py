@@ -33,7 +33,7 @@ from slimfuse.tasks import Measured, Samples, ask
 RUNS = (
     ("recipes/vit/fashion-mnist.yaml", "runs/bench-sparse-onnx/0"),
     ("recipes/vit/digits.yaml", "runs/vit-digits-half"),
-    ("recipes/bert/wordnet.yaml", "runs/wordnet"),
+    ("recipes/bert/wordnet-minilm.yaml", "runs/bert-wordnet-half"),
 )
 CALIBRATION = 64
 ONNX = Path("model/onnx/model.onnx")
