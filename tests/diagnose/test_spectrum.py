@@ -6,10 +6,12 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import images, random_vit
+from test_gauge import FAMILY, rebuilt, regauged
+from tiny import images, logits, random_vit
 from torch import Tensor
 
 from slimfuse.diagnose.spectrum import Spectrum, allocate, spectra, weighted_spectrum
+from slimfuse.fuse.canonical import canonical
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -60,6 +62,25 @@ def test_planted_redundancy_is_found() -> None:
     assert count == 12 and found.width == 16
     assert found.effective(1 - 1e-12) == 8
     assert found.tail(8) < 1e-12 * found.tail(0) < float("inf")
+
+
+def test_another_basis_changes_neither_logits_nor_spectra() -> None:
+    """Stream and heads turned, heads and units permuted: λ of A G doesn't see A → T A Tᵀ."""
+    model = random_vit()
+    layout = FAMILY.layout(model.config)
+    sites = {path: path for block in layout.blocks for path in (block.o, block.down)}
+    sites["read"] = layout.head
+    found = []
+    for state in (canonical(model, FAMILY), regauged(model)):
+        other = rebuilt(model, state)
+        # float64: a dozen products of order 1
+        torch.testing.assert_close(
+            logits(other, images(4)), logits(model, images(4)), rtol=0, atol=1e-10
+        )
+        found.append(spectra(other, [(images(5), None)], sites, "classes")[0])
+    for one, two in zip(*found, strict=True):
+        assert one.name == two.name and float(one.values[0]) > 0
+        torch.testing.assert_close(two.values, one.values, rtol=1e-8, atol=1e-12)
 
 
 def test_the_samples_loss_is_what_spectra_are_in() -> None:
