@@ -8,49 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny_text
 import torch
 from safetensors.torch import load_file
-from tiny_run import events, folder_bytes, recipe, save_parent, write_recipe
+from tiny_run import events, folder_bytes, write_recipe
 from torch import Tensor
+from tuning.opening import TAUGHT, opened
 
-from slimfuse.data import DataSet, Split
-from slimfuse.errors import DataError, RecipeError, ShapeError, Terminated, UserError
+from slimfuse.errors import Terminated
 from slimfuse.finetune import loop
 from slimfuse.interrupt import terminate
-from slimfuse.pipeline import checks, held_out, journal, lessons, streams, tuning
+from slimfuse.pipeline import held_out, journal, lessons, streams, tuning
 from slimfuse.pipeline.fusion_record import STREAMS_FILE
 from slimfuse.pipeline.held_out import parts
 from slimfuse.pipeline.job import prepare
 from slimfuse.pipeline.stages import Stages, training_of
 from slimfuse.recipe import Validation, load_recipe
 from slimfuse.store import Store
-from slimfuse.tasks import TASKS
-
-TAUGHT = {"hidden": 1.0}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tuning")
-    save_parent(folder / "wide", seed=1)
-    save_parent(folder / "slim", seed=2, hidden_size=12, num_hidden_layers=3)
-    tiny_text.save_texts(folder / "data", (60, 40))
-    tiny_text.save_parent(folder / "texts")
-    return folder
-
-
-def opened(home: Path, root: Path, **changes: Any) -> Stages:
-    """Return the stages of two saved ViTs of different widths and depths, nothing made yet."""
-    given = {
-        "parents": [{"name": n, "from": n} for n in ("wide", "slim")],
-        "target": {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2},
-    }
-    path = write_recipe(home / f"{root.name}.yaml", recipe(**(given | changes)))
-    root.mkdir(exist_ok=True)
-    return Stages(prepare(load_recipe(path), path), Store(root))
 
 
 def taught(stages: Stages, start: str = "fused") -> tuple[Any, Any]:
@@ -276,19 +251,6 @@ def test_curves_are_written_where_asked_for(
     assert [(x["step"], x.get("loss")) for x in lines] == [(4, None)]  # the next is too soon
 
 
-@pytest.mark.parametrize(
-    ("package", "changes"),
-    [("tensorboard", {"runtime": {"tensorboard": True}}), ("peft", {"finetune": {"lora": {}}})],
-)
-def test_a_missing_extra_is_one_clear_error_before_any_work(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, changes: Any
-) -> None:
-    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == package else name)
-    with pytest.raises(UserError, match=f"{package} isn't installed") as caught:
-        opened(home, tmp_path / package, **changes)
-    assert "pip install 'slimfuse[" in str(caught.value)
-
-
 def test_adapters_are_merged_and_gone(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     settings = {"epochs": 3, "lr": 1e-2}
@@ -347,74 +309,3 @@ def test_the_card_and_the_record_say_which_weights_were_chosen(home: Path, tmp_p
     first = next(step for value, step in seen if value == best)
     assert record["chosen"] == {"step": first, "value": pytest.approx(best)}
     assert record["steps"] == seen[-1][1] and record["ended_early"] == (record["steps"] < 16)
-
-
-@pytest.mark.parametrize(("kind", "least"), [("regression", 4), ("single", 1)])
-def test_too_few_held_out_samples_are_refused(kind: Any, least: int) -> None:
-    split = Split(["a"] * 9, np.zeros(9))
-    data = DataSet("x", split, split, ("number",), "mark", kind=kind)
-    checks.check_samples(TASKS["text-classification"], data, None, least)
-    with pytest.raises(DataError, match="too few training samples are held out") as caught:
-        checks.check_samples(TASKS["text-classification"], data, None, least - 1)
-    assert caught.value.where == "finetune.validation.share"
-
-
-def test_hidden_states_need_parents_that_are_large_enough(home: Path, tmp_path: Path) -> None:
-    changes = {
-        "fuse": {"method": "random", "parents": ["slim"]},
-        "target": {"hidden_size": 14, "num_attention_heads": 2, "intermediate_size": 16},
-        "finetune": {"distill": TAUGHT},
-    }
-    with pytest.raises(ShapeError, match="hidden_size of the target is larger"):
-        opened(home, tmp_path / "large", **changes)
-
-
-def test_only_starts_without_maps_ask_for_them(home: Path, tmp_path: Path) -> None:
-    stages = opened(home, tmp_path / "asks", finetune={"distill": TAUGHT})
-    stages.finetune("fused")
-    assert "streams" not in events(tmp_path / "asks", "start")
-    stages.finetune("random-start")
-    assert "streams" in events(tmp_path / "asks", "start")
-
-
-def test_a_missing_compiler_is_told_before_any_work(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from torch._inductor import cpp_builder
-
-    def none() -> str:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    with pytest.raises(UserError, match=r"torch finds no C\+\+ compiler") as caught:
-        opened(home, tmp_path / "compiled", finetune={"compile": True})
-    assert caught.value.where == "finetune.compile"
-
-
-REFUSED = {
-    "accumulate": (
-        {"task": "sentence-embedding", "finetune": {"accumulate": 2}},
-        "compares all samples of a step",
-    ),
-    "mixup": ({"finetune": {"mixup": 0.2}}, "blends pictures"),
-    "cutmix": ({"finetune": {"cutmix": 1.0}}, "blends pictures"),
-    "confident": (
-        {"task": "sentence-embedding", "finetune": {"distill": {"combine": "confident"}}},
-        "needs answers that are classes",
-    ),
-    "share": ({"finetune": {"validation": {"share": 0.6}}}, "share"),
-    "every": ({"finetune": {"validation": {"every": 0}}}, "every"),
-    "decay": ({"finetune": {"layer_decay": 1.5}}, "layer_decay"),
-    "schedule": ({"finetune": {"schedule": "cosin"}}, "cosine"),
-    "hidden": ({"finetune": {"distill": {"hidden": -1}}}, "hidden"),
-}
-
-
-@pytest.mark.parametrize(("changes", "told"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused_with_its_line(
-    home: Path, tmp_path: Path, changes: dict[str, Any], told: str
-) -> None:
-    content = tiny_text.recipe(home / "data", [home / "texts"], **changes)
-    path = write_recipe(tmp_path / "r.yaml", content)
-    with pytest.raises(RecipeError, match=told):
-        load_recipe(path)
