@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from known_exports import keep_exports
 from tiny import random_vit
 from tiny_run import save_parent, write_recipe
 from torch import nn
@@ -24,6 +25,14 @@ def vit() -> nn.Module:
 def shared_process() -> Iterator[None]:
     """One clean process proves the folders of all runs: a start costs seconds."""
     with one_process():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whole runs export a model once, though tests repeat or interrupt them."""
+    with pytest.MonkeyPatch.context() as patch:
+        keep_exports(patch, tmp_path_factory.mktemp("exports"))
         yield
 
 

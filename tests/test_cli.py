@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import recipe, write_recipe
+from tiny_run import recipe, undrawn, write_recipe
 
 from slimfuse import cli, doctor
 from slimfuse.finetune.schedule import batch_indices
@@ -74,8 +74,9 @@ def test_compress_shows_table_gates_and_places(
 
 
 def test_a_failed_gate_ends_with_3_and_a_report(
-    run: Callable[..., Ran], finished: Run, tiny_recipe: Path, tmp_path: Path
+    run: Callable[..., Ran], finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    undrawn(monkeypatch)
     folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
     strict = recipe(gates=[{"metric": "params", "max_ratio": 0.01}])
     code, out, _ = run("compress", write_recipe(tmp_path / "strict.yaml", strict), "--out", folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tiny_text
-from tiny_run import recipe, save_parent, write_recipe
+from tiny_run import parents_unexported, recipe, save_parent, unproved, write_recipe
 from typer.testing import CliRunner
 
 from slimfuse.cli import app
@@ -82,7 +82,10 @@ def ran(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         export={"quantize": {"mode": "none"}},
     )  # fmt: skip
     path = write_recipe(home / "why.yaml", given)
-    return compress(path, out=tmp_path_factory.mktemp("runs") / "why")
+    with pytest.MonkeyPatch.context() as patch:
+        parents_unexported(patch)
+        unproved(patch)
+        return compress(path, out=tmp_path_factory.mktemp("runs") / "why")
 
 
 def test_the_report_says_why(ran: Run) -> None:

@@ -94,7 +94,7 @@ def test_the_duplication_test_sees_a_wrong_role(vit: Any, wrong: str) -> None:
     assert gap(logits(moved(vit, bad, **GROWN[space]), x), logits(vit, x)) > 0.01
 
 
-def fuse(parents: list[Any], config: Any, n: int = 96, **settings: Any) -> Any:
+def fuse(parents: list[Any], config: Any, n: int = 48, **settings: Any) -> Any:
     family = ViT()
     target = family.build(config).double()
     x = images(n, seed=7)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import events, folder_bytes, recipe, write_recipe
+from tiny_run import events, folder_bytes, recipe, undrawn, unproved, write_recipe
 
 from slimfuse.errors import SlimfuseError
-from slimfuse.pipeline import Run, compress, package, plan
+from slimfuse.pipeline import Run, compress, plan
 from slimfuse.report import from_json
 from slimfuse.store import Stage, Store
 from slimfuse.tasks import Evidence
@@ -124,7 +124,10 @@ def test_another_process_makes_the_same_bytes_within_the_planned_memory(
     assert peak <= estimate <= 3 * peak, f"{peak >> 20} MiB measured, {estimate >> 20} estimated"
 
 
-def test_a_second_run_repeats_nothing(copied: Path, tiny_recipe: Path) -> None:
+def test_a_second_run_repeats_nothing(
+    copied: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
     before = folder_bytes(copied / "stages")
     again = compress(tiny_recipe, out=copied)
     assert events(copied, "start") == []
@@ -154,7 +157,8 @@ def test_a_changed_key_repeats_only_what_depends_on_it(
     repeated: set[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(package, "verify", lambda *_, **__: None)  # saves a process start
+    unproved(monkeypatch)
+    undrawn(monkeypatch)
     compress(tiny_recipe, overrides=(override,), out=copied)
     assert set(events(copied, "start")) == repeated
 
@@ -190,19 +194,24 @@ def test_nothing_is_published_where_the_report_can_not_be_written(
         compress(tiny_recipe, out=copied)
     assert not [n for n in ("model", "report.json", "report.html") if (copied / n).exists()]
     monkeypatch.undo()
+    undrawn(monkeypatch)
     assert compress(tiny_recipe, out=copied).model.is_dir()
 
 
 def test_an_altered_model_folder_is_made_whole(
-    finished: Run, copied: Path, tiny_recipe: Path
+    finished: Run, copied: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    undrawn(monkeypatch)
     (copied / "model" / "config.json").write_text("{}")
     (copied / "model" / "extra.txt").write_text("not ours")
     compress(tiny_recipe, out=copied)
     assert folder_bytes(copied / "model") == folder_bytes(finished.model)
 
 
-def test_a_gate_that_fails_is_reported(copied: Path, tmp_path: Path) -> None:
+def test_a_gate_that_fails_is_reported(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
     strict = recipe(gates=[{"metric": "params", "max_ratio": 0.01}])
     run = compress(write_recipe(tmp_path / "strict.yaml", strict), out=copied)
     assert not run.passed
@@ -227,7 +236,8 @@ def test_int8_is_shipped_where_it_keeps_the_accuracy(
         return made | {"logits": found}
 
     monkeypatch.setattr(Deployment, "evidence", said)
-    monkeypatch.setattr(package, "verify", lambda *_, **__: None)
+    unproved(monkeypatch)
+    undrawn(monkeypatch)
     run = compress(tiny_recipe, overrides=("export.quantize.mode=auto",), out=copied)
     shipped = (run.model / "onnx" / "model_quantized.onnx").exists()
     row = next(row for row in run.report.rows if row.name == "onnx-int8")

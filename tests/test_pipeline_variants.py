@@ -12,12 +12,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import events, folder_bytes, recipe, save_parent, write_recipe
+from tiny_run import (
+    events,
+    folder_bytes,
+    parents_unexported,
+    recipe,
+    save_parent,
+    undrawn,
+    unproved,
+    write_recipe,
+)
 
 from slimfuse.data import load_digits
 from slimfuse.errors import DataError, ParentError, ShapeError
 from slimfuse.fuse.baselines import subclone
-from slimfuse.pipeline import compress, images, package, plan
+from slimfuse.pipeline import compress, images, plan
 from slimfuse.pipeline import job as job_module
 from slimfuse.pipeline.job import prepare
 from slimfuse.pipeline.stages import Stages
@@ -35,9 +44,10 @@ TARGET = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 16}
 
 
 @pytest.fixture(autouse=True)
-def _no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    # it starts an interpreter; tests/test_verify.py is about it
-    monkeypatch.setattr(package, "verify", lambda *_, **__: None)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    unproved(monkeypatch)
+    undrawn(monkeypatch)
+    parents_unexported(monkeypatch)
 
 
 def start(saved_parents: Path, root: Path, **changes: Any) -> Stages:

@@ -239,6 +239,8 @@ def launch(*arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+# torchrun and two interpreters take half a minute; quick: what the processes agree on, above
+@pytest.mark.slow
 def test_an_error_is_said_once_and_both_have_its_code(tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "r.yaml", recipe(family="vitt"))
     out, told = launch("compress", str(path), "--out", str(tmp_path / "run")).communicate()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from slimfuse_export import read_metadata
 from slimfuse_export.optimization import choosing
+from tiny_run import undrawn
 
 from slimfuse.pipeline import Run, compress, quantizing
 from slimfuse.report import from_json, to_json
@@ -26,6 +27,7 @@ def row(run: Run):
 def test_noisy_products_stay_float_where_that_helps(
     copied: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, holds: bool
 ) -> None:
+    undrawn(monkeypatch)
     losses = iter([0.5, 0.2, 0.0] if holds else [0.5] * 99)
     monkeypatch.setattr(quantizing, "quantisation_loss", lambda *_: next(losses))
     run = compress(tiny_recipe, overrides=("export.quantize.mode=auto",), out=copied)
@@ -45,8 +47,9 @@ def test_noisy_products_stay_float_where_that_helps(
 
 @pytest.mark.parametrize(("mode", "step"), [("static", "static INT8"), ("int4", "int4")])
 def test_other_kinds_are_made_as_asked(
-    copied: Path, tiny_recipe: Path, mode: str, step: str
+    copied: Path, tiny_recipe: Path, mode: str, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    undrawn(monkeypatch)
     overrides = (f"export.quantize.mode={mode}", "export.quantize.max_drop=1.0")
     run = compress(tiny_recipe, overrides=overrides, out=copied)
     said = read_metadata(run.model / "onnx" / "model_quantized.onnx")

@@ -13,13 +13,23 @@ from typing import Any
 
 import pytest
 from test_pipeline_resume import at_start, patch
-from tiny_run import TRAIN, die, events, folder_bytes, in_child, recipe, was_killed, write_recipe
+from tiny_run import (
+    TRAIN,
+    die,
+    events,
+    folder_bytes,
+    in_child,
+    recipe,
+    undrawn,
+    unproved,
+    was_killed,
+    write_recipe,
+)
 
 import slimfuse
 from slimfuse import cli
 from slimfuse.errors import CheckFailed, ShapeError, StorageError, UserError
-from slimfuse.pipeline import Sweep, compress, package, sweep, sweep_verb
-from slimfuse.pipeline import run as story
+from slimfuse.pipeline import Sweep, compress, sweep, sweep_verb
 from slimfuse.pipeline.sweep_verb import LOCK, RESULTS
 from slimfuse.recipe import InvalidRecipe
 from slimfuse.report import render_sweep
@@ -34,7 +44,7 @@ NAMES = ["hidden_size=0.75", "hidden_size=0.5"]
 def patched() -> Any:
     """No interpreter is started to prove a finished folder: that is no part of what is tested."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(package, "verify", lambda *_, **__: None)
+        unproved(patch)
         yield patch
 
 
@@ -56,7 +66,7 @@ def swept(patched: Any, tmp_path_factory: pytest.TempPathFactory) -> Swept:
 @pytest.fixture
 def copied(swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the finished sweep's folder."""
-    monkeypatch.setattr(story, "render_html", lambda _report: "<html>")  # drawing takes a second
+    undrawn(monkeypatch)
     return Path(shutil.copytree(swept[1], tmp_path / "again"))
 
 

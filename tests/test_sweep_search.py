@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_run import TRAIN, events, recipe, write_recipe
+from tiny_run import TRAIN, events, recipe, undrawn, unproved, write_recipe
 
 from slimfuse.data import load_digits
 from slimfuse.errors import CheckFailed, DataError, StorageError, UserError
-from slimfuse.pipeline import package, search, sweep
-from slimfuse.pipeline import run as story
+from slimfuse.pipeline import search, sweep
 from slimfuse.pipeline.candidates import Candidate
 from slimfuse.pipeline.labelling import limited
 from slimfuse.pipeline.search import JOURNAL, Axis, Searching, axes_of, check_space, goals_of
@@ -294,8 +293,8 @@ def test_a_validation_part_leaves_something_on_both_sides() -> None:
 def test_a_search_decides_on_held_out_samples_and_the_run_is_measured_on_the_test_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(package, "verify", lambda *_, **__: None)
-    monkeypatch.setattr(story, "render_html", lambda _report: "<html>")
+    unproved(monkeypatch)
+    undrawn(monkeypatch)
     spec = recipe(
         parents=[{"name": "a", "train": TRAIN}], baselines=[],
         data={"limit": {"train": 100, "test": 40}}, export={"quantize": {"mode": "none"}},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import tiny_text
 import torch
 from safetensors.torch import load_file
-from tiny_run import recipe, save_parent, write_recipe
+from tiny_run import parents_unexported, recipe, save_parent, undrawn, unproved, write_recipe
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from slimfuse import compress
@@ -26,6 +28,16 @@ from slimfuse.tasks.image_processors import make_processor
 torch.set_num_threads(1)
 
 
+@contextmanager
+def quickly() -> Iterator[None]:
+    """Leave out what the tests below do themselves, or don't look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        parents_unexported(patch)
+        unproved(patch)
+        undrawn(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Run:
     home = tmp_path_factory.mktemp("embedding")
@@ -34,7 +46,8 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Run:
     content = tiny_text.recipe(
         home / "data", folders, task="sentence-embedding", finetune={"epochs": 6, "lr": 3e-3}
     )
-    return compress(write_recipe(home / "r.yaml", content), out=home / "run")
+    with quickly():
+        return compress(write_recipe(home / "r.yaml", content), out=home / "run")
 
 
 def test_a_body_without_labels_is_fused_taught_and_opened(embedded: Run) -> None:
@@ -89,10 +102,11 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     path = home / "r.yaml"
     parents: list[dict[str, Any]] = [{"name": "own", "from": "own"}]
     content = recipe(family="timm-vit", parents=parents, baselines=[], finetune={"epochs": 0})
-    first = compress(write_recipe(path, content), out=home / "first")
-    parents.append({"name": "timm", "from": str(first.model)})
-    content = recipe(family="timm-vit", parents=parents, baselines=[], finetune={"epochs": 1})
-    return compress(write_recipe(path, content), out=home / "run")
+    with quickly():
+        first = compress(write_recipe(path, content), out=home / "first")
+        parents.append({"name": "timm", "from": str(first.model)})
+        content = recipe(family="timm-vit", parents=parents, baselines=[], finetune={"epochs": 1})
+        return compress(write_recipe(path, content), out=home / "run")
 
 
 def test_parents_of_both_worlds_become_one_model_that_both_open(mixed: Run) -> None:

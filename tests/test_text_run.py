@@ -12,7 +12,7 @@ import pytest
 import tiny_text
 import torch
 from safetensors.torch import load_file
-from tiny_run import write_recipe
+from tiny_run import parents_unexported, unproved, write_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from slimfuse import compress
@@ -49,7 +49,10 @@ def run(home: Path) -> Run:
                                       "lr": 5e-3, "seed": 3}}  # fmt: skip
     parents = [trained, {"name": "d", "train": trained["train"] | {"seed": 4}}]
     path = written(home, "run", parents=parents, finetune={"epochs": 8, "batch_size": 16})
-    return compress(path, out=home / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        parents_unexported(patch)
+        unproved(patch)  # the tests below do it
+        return compress(path, out=home / "run")
 
 
 def test_the_child_is_a_stock_model_with_its_tokenizer(run: Run) -> None:

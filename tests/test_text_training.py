@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import tiny_text
 import torch
-from tiny_run import write_recipe
+from tiny_run import parents_unexported, undrawn, unproved, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimfuse import compress, verify
 from slimfuse.batch import call
 from slimfuse.errors import UserError
 from slimfuse.families import FAMILIES_OF
-from slimfuse.pipeline import package, plan
+from slimfuse.pipeline import plan
 from slimfuse.pipeline.job import Job, prepare
 from slimfuse.pipeline.lock import lock_of
 from slimfuse.pipeline.new_tokenizer import train_tokenizer
@@ -55,9 +55,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    # it starts an interpreter, which the tests below do themselves
-    monkeypatch.setattr(package, "verify", lambda *_, **__: None)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    unproved(monkeypatch)  # the tests below do it
+    undrawn(monkeypatch)
+    parents_unexported(monkeypatch)
 
 
 def recipe(home: Path, family: str, task: str, **data: Any) -> dict[str, Any]:

@@ -12,13 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ruamel.yaml import YAML
 
 from slimfuse.data import load_digits
 from slimfuse.families import ViT
 from slimfuse.families.base import Shape
-from slimfuse.store import file_digest
+from slimfuse.pipeline import package
+from slimfuse.pipeline import run as story
+from slimfuse.pipeline.deployment import Deployment
+from slimfuse.store import Stage, file_digest
 from slimfuse.tasks.image_classification import make_processor
 
 torch.set_num_threads(1)
@@ -88,6 +92,32 @@ def save_parent(
     data = load_digits()
     make_processor(known["image_size"], data.mean, data.std).save_pretrained(folder)
     return folder
+
+
+def unproved(patch: pytest.MonkeyPatch) -> None:
+    """Let runs end without their proof in a clean process, which tests/test_verify.py is about."""
+    patch.setattr(package, "verify", lambda *_, **__: None)
+
+
+def undrawn(patch: pytest.MonkeyPatch) -> None:
+    """Let runs end without their page: to draw it takes seconds, and tests/report is about it."""
+    patch.setattr(story, "render_html", lambda _report: "<html>")
+
+
+def parents_unexported(patch: pytest.MonkeyPatch) -> None:
+    """Let the child's ONNX file be timed in its parents' place, whose export takes seconds each.
+
+    So the rows of parents have no latency of their own; the tiny run's are tested with theirs.
+    """
+    original = Deployment.export
+
+    def export(self: Deployment, name: str, folder: Path, key: str) -> tuple[Stage, float]:
+        if name == "child":
+            self.__dict__["of_child"] = original(self, name, folder, key)
+        found: tuple[Stage, float] = self.__dict__["of_child"]
+        return found
+
+    patch.setattr(Deployment, "export", export)
 
 
 def folder_bytes(folder: Path) -> dict[str, str]:

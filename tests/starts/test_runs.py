@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from starts.looking import HALF, SAME, TWINS, scores
-from tiny_run import recipe, write_recipe
+from tiny_run import parents_unexported, recipe, undrawn, unproved, write_recipe
 
 from slimfuse.errors import ShapeError
-from slimfuse.pipeline import compress, package
+from slimfuse.pipeline import compress
 from slimfuse.pipeline import run as story
 from slimfuse.pipeline.fusion_record import load_fusion
 from slimfuse.pipeline.job import prepare
@@ -65,7 +65,9 @@ def test_a_budget_that_nothing_meets_is_told(stages: Any) -> None:
 def test_a_run_of_the_published_method_with_many_baselines(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(package, "verify", lambda *_, **__: None)
+    unproved(monkeypatch)
+    undrawn(monkeypatch)
+    parents_unexported(monkeypatch)
     baselines = ["random", "refit", "gauge", "select", "subclone", "random-refit"]
     spec = recipe(parents=TWINS, finetune={"epochs": 0.2}, baselines=baselines)
     spec |= {
