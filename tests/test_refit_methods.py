@@ -31,7 +31,7 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def fuse(
-    parents: list[Any], config: Any, *, n: int = 96, goals: Any = None, **settings: Any
+    parents: list[Any], config: Any, *, n: int = 48, goals: Any = None, **settings: Any
 ) -> Any:
     family = ViT()
     target = family.build(config).double()

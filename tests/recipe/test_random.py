@@ -115,7 +115,7 @@ def dump(data: Any) -> bytes:
     return buffer.getvalue()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(raw=recipes())
 def test_a_dumped_lock_reloads_to_the_same_recipe(
     raw: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
@@ -159,7 +159,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     base=recipes(),
     extra=st.dictionaries(KEYS, VALUES, max_size=4),

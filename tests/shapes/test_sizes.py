@@ -61,7 +61,7 @@ def test_ratios_go_to_the_nearest_legal_value(wish: Wish, shape: Shape) -> None:
     assert resolve(wish, parent(), ViT()).shape == shape
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_whatever_is_proposed_is_legal(data: st.DataObject) -> None:
     draw = data.draw

@@ -12,16 +12,15 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from rich.console import Console
-from tiny_run import TRAIN, recipe, save_parent, write_recipe
+from tiny_run import TRAIN, recipe, save_parent, undrawn, unproved, write_recipe
 from transformers import AutoModelForImageClassification
 
 from slimfuse import cli
-from slimfuse.pipeline import Run, compress, package
+from slimfuse.pipeline import Run, compress
 from slimfuse.pipeline.sparse_report import STATEMENT, compressed_bytes, short_names
 from slimfuse.report import console_table, from_json, verdict
 from slimfuse.saliency.masks import FILE, Masks
 
-NO_PROOF = (package, "verify", lambda *_, **__: None)  # it starts an interpreter
 SPARSITY = 0.75
 
 
@@ -37,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
                   "leave_out": ["*.q_proj.*", "*.k_proj.*"]},
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*NO_PROOF)
+        unproved(patch)
         return compress(write_recipe(home / "tiny.yaml", made), out=home / "run")
 
 
@@ -179,7 +178,8 @@ def said(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def test_the_verb_prunes_a_stock_folder_at_its_own_shape(
     stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(*NO_PROOF)
+    unproved(monkeypatch)
+    undrawn(monkeypatch)
     out = tmp_path / "run"
     words = ["sparsify", str(stock), "--sparsity", "0.5", "--scorer", "diagonal-fisher",
              "--set", "sparsify.controls=[]", "--set", "sparsify.samples=9",
