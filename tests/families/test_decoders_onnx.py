@@ -15,7 +15,7 @@ from tiny_decoders import DECODERS, NARROW, TOKENS, VOCABULARY, config_of
 from slimfuse.batch import Batch, arrays
 from slimfuse.onnx import export_onnx
 
-QUICK = ("gpt2",)  # of one graph to test_text_training's run; the others take up to 20 s each
+QUICK = ("gpt2", "gemma3")
 FAMILIES: dict[str, Any] = {"gpt2": test_gpt2.FAMILY, **DECODERS}
 marked = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
