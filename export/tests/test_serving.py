@@ -207,6 +207,12 @@ def test_bad_json_is_the_clients_fault(ask, body):
     assert set(found.json()) == {"detail"}
 
 
+@pytest.mark.parametrize("body", [b"{", b"\xff\xfe", b'{"inputs": "cat"'])
+def test_what_is_no_json_is_told_from_what_is_not_legal(ask, body):
+    assert ask.post("/predict", content=body, headers=JSON).status_code == 400
+    assert ask.post("/predict", content=b'{"inputs": 3}', headers=JSON).status_code == 422
+
+
 def bad_images():
     whole = folders.picture(kind="JPEG", size=(90, 90))
     animated = io.BytesIO()

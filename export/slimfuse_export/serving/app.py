@@ -250,4 +250,5 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """Name what is not legal, without repeating it: it may be huge, or no JSON."""
     assert isinstance(error, RequestValidationError)
     told = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:5]]
-    return JSONResponse({"detail": _plain("; ".join(told))}, 422)
+    unread = any(e["type"] == "json_invalid" for e in error.errors())
+    return JSONResponse({"detail": _plain("; ".join(told))}, 400 if unread else 422)
