@@ -10,7 +10,7 @@ SOURCES := slimfuse export tests benchmarks
 	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
 	bench-distillation bench-sweep bench-processes bench-protect bench-trends bench-deployment \
-	bench-serving clean
+	bench-serving bench-spectral-budget clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -72,6 +72,9 @@ bench-protect: install
 
 bench-processes: install
 	$(BIN)/python benchmarks/processes.py
+
+bench-spectral-budget: install
+	$(BIN)/python benchmarks/spectral_budget.py
 
 bench-deployment: install
 	$(BIN)/python benchmarks/deployment.py
