@@ -73,13 +73,17 @@ def _lines(what: str, total: int) -> Iterator[Tracker]:
     first: int | None = None
 
     def tell(done: int, note: str = "") -> None:
-        nonlocal told, first
+        nonlocal told, first, start
         now = time.monotonic()
         if first is None:
-            first = done  # resumed work: what was done before doesn't count for the rate
+            # resumed work, or what says nothing before its first part: the rate is of the rest
+            first, start = done, now
         if now - told >= LINE_SECONDS:
             told = now
-            left = (now - start) / max(done - first, 1) * (total - done)
-            console.print(f"  {what}: {done}/{total}, about {left:.0f} s left {note}".rstrip())
+            parts = [f"  {what}: {done}/{total}"]
+            if done > first:  # else nothing tells how fast it is
+                left = (now - start) / (done - first) * (total - done)
+                parts.append(f"about {left:.0f} s left")
+            console.print(f"{', '.join(parts)} {note}".rstrip())
 
     yield tell
