@@ -12,7 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
@@ -23,6 +23,7 @@ from common import machine, write
 from kept import Figures, Kept, ahead, average, clear, spread
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from unstructured_ways import DAMPINGS, INDEPENDENT, JOINT, NETS, ORDERS, Net, Way
 
 from slimfuse.data import load_fashion_mnist
 from slimfuse.families import FAMILIES
@@ -32,11 +33,9 @@ from slimfuse.saliency import sparsify as library
 from slimfuse.saliency.fisher import Part, Sums, accumulate
 from slimfuse.saliency.inverse import Damping
 from slimfuse.saliency.masks import Masks
-from slimfuse.saliency.obs import Update
 from slimfuse.saliency.sparsify import sparsify
 from slimfuse.saliency.sparsify_spec import Spec
 from slimfuse.saliency.step_length import step_length
-from slimfuse.saliency.weight_scores import WeightScorer
 from slimfuse.tasks.image_classification import PIXELS, Pixels, make_processor
 
 OUT = Path("runs/bench-unstructured")
@@ -47,86 +46,8 @@ SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 GRADUAL = (0.95,)
 STEPS = 8  # of the cubic schedule
 CHUNK = 50  # gradients of one vmap
-PUBLISHED = Damping(1e-5, relative=False)
 PARTS = ("one-shot", "damping", "gradual")
 Batch = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Net:
-    """What is pruned: its models' names, and the Fisher's settings, its damping the library's.
-
-    samples: gradients; taught: AdamW steps after each of the 8 steps of the schedule.
-    """
-
-    name: str
-    model: str
-    block: int
-    damping: Damping
-    samples: int
-    taught: int
-    batch: int
-    rate: float
-
-    def settings(self) -> str:
-        """Return the Fisher's settings in words."""
-        return f"B = {self.block}, m = {self.samples}, λ = {told(self.damping)}"
-
-
-NETS = {
-    "mlp": Net("MLP 784-400-200-100-10", "nets-mlp-{seed}", 200, Damping(), 1000, 25, 128, 3e-4),
-    "vit": Net("ViT 6 × 128", "fashion-{seed}-a", 50, Damping(), 1000, 10, 64, 3e-4),
-}
-DAMPINGS = {
-    "relative 1e-1 (the library's)": Damping(),
-    "relative 1e-2": Damping(1e-2),
-    "relative 1": Damping(1.0),
-    "absolute 1e-5 (published)": PUBLISHED,
-    "absolute 1e-7": Damping(1e-7, relative=False),
-}
-
-
-@dataclass(frozen=True)
-class Way:
-    """A scorer, the update after it, and a damping where it isn't the net's."""
-
-    scorer: WeightScorer
-    update: Update = "none"
-    damping: Damping | None = None
-
-    def __str__(self) -> str:
-        own = f", λ = {told(self.damping)}" if self.damping else ""
-        return f"{self.scorer}, {UPDATES[self.update]}{own}"
-
-
-UPDATES = {"none": "no update", "single": "single update", "joint": "joint update"}
-JOINT = [
-    *(Way("woodfisher", update) for update in UPDATES),
-    *(Way("woodtaylor", update) for update in UPDATES),
-    Way("diagonal-fisher"),
-    Way("magnitude"),
-    Way("magnitude", "joint"),
-    Way("random"),
-]
-INDEPENDENT = [
-    *(Way("woodfisher", update) for update in UPDATES),
-    Way("woodtaylor", "joint"),
-    Way("diagonal-fisher"),
-    Way("magnitude"),
-    Way("random"),
-]
-ORDERS = {
-    f"{name} damping": [
-        Way("woodfisher", "joint", damping), Way("diagonal-fisher", "none", damping),
-        Way("magnitude"), Way("random"),
-    ]
-    for name, damping in (("the library's", None), ("the published", PUBLISHED))
-}  # fmt: skip
-
-
-def told(damping: Damping) -> str:
-    """Return a damping in words."""
-    return f"{damping.value:g} of mean g²" if damping.relative else f"{damping.value:g}"
 
 
 @cache

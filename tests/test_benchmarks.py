@@ -76,7 +76,7 @@ def test_spreads_are_students(script: Callable[[str], Any]) -> None:
 
 
 def test_shared_sums_prune_as_new_ones(script: Callable[[str], Any]) -> None:
-    bench = script("unstructured")
+    bench, ways = script("unstructured"), script("unstructured_ways")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     batches = [(torch.randn(10, 12), torch.randint(3, (10,))) for _ in range(2)]
@@ -84,12 +84,12 @@ def test_shared_sums_prune_as_new_ones(script: Callable[[str], Any]) -> None:
 
     def pruned(way: Any, sums: Any) -> nn.Module:
         model = copy.deepcopy(net)
-        spec = Spec(0.6, way.scorer, update=way.update, block=8, damping=bench.PUBLISHED)
+        spec = Spec(0.6, way.scorer, update=way.update, block=8, damping=ways.PUBLISHED)
         with bench.sharing(sums):
             sparsify(model, bench.loss, lambda: batches, spec, per_sample=True)
         return model
 
-    for way in bench.JOINT:
+    for way in ways.JOINT:
         ours, theirs = pruned(way, shared), pruned(way, None)
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(a, b), way

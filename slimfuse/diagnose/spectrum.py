@@ -151,7 +151,7 @@ def by_value(found: Sequence[Spectrum], values: Sequence[int]) -> list[float]:
 
     values: the ranks that 0, 1, … stand for, ascending. Rises of spaces add up.
     """
-    return [sum(s.tail(min(rank, s.width)) for s in found) for rank in values]
+    return [sum(s.tail(rank) for s in found) for rank in values]
 
 
 TRUST = 0.1

@@ -172,7 +172,7 @@ def _rises(model: nn.Module, family: Family, task: Task, batches: Iterator[Label
     heads, mlps = of("heads"), of("mlp")
     each = heads[0].width // shape.num_attention_heads
     return {
-        "hidden_size": [max(by_value([s], [n])[0] for s in of("stream")) for n in whole],
+        "hidden_size": [max(s.tail(n) for s in of("stream")) for n in whole],
         "num_attention_heads": by_value(
             heads, [each * n for n in range(shape.num_attention_heads + 1)]
         ),

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny_run
 import torch
 
 from slimfuse.data import load_digits
-from slimfuse.nets import (
-    new_classifier,
-)
+from slimfuse.nets import new_classifier
 from slimfuse.tasks.image_classification import make_processor
 
 torch.set_num_threads(1)
@@ -26,11 +25,7 @@ RECIPE: dict[str, Any] = {
     "name": "nets",
     "family": "auto",
     "task": "image-classification",
-    "data": {
-        "source": "digits",
-        "limit": {"train": 150, "test": 60},
-        "calibration": {"samples": 70},
-    },
+    "data": tiny_run.RECIPE["data"],
     "parents": [
         {"name": "a", "train": {**TRAIN, "shard": "1/2", "seed": 0}, "weight": 2.0},
         {"name": "b", "train": {**TRAIN, "shard": "2/2", "seed": 1}},
