@@ -10,7 +10,7 @@ SOURCES := slimfuse export tests benchmarks
 	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
 	bench-distillation bench-sweep bench-processes bench-protect bench-trends bench-deployment \
-	bench-serving bench-spectral-budget clean
+	bench-serving bench-spectral-budget bench-mixed-precision clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -75,6 +75,9 @@ bench-processes: install
 
 bench-spectral-budget: install
 	$(BIN)/python benchmarks/spectral_budget.py
+
+bench-mixed-precision: install
+	$(BIN)/python benchmarks/mixed_precision.py
 
 bench-deployment: install
 	$(BIN)/python benchmarks/deployment.py

@@ -94,7 +94,8 @@ def measure(recipe: Path, run: Path, folder: Path, limit: int, seconds: float) -
         made = write_mode(run / ONNX, files[mode], mode, plan=plan, inputs=inputs)
         found.append(File(mode, onnx_figure(job, files[mode], samples), made.bytes))
     cases = [case.inputs for case in load_reference(run / ONNX.with_name("samples.npz"))]
-    kept = list(fallbacks(product_noise(run / ONNX, files["dynamic"], cases)))[-1]
+    noisy = [one.product for one in product_noise(run / ONNX, files["dynamic"], cases)]
+    kept = list(fallbacks(noisy))[-1]
     files["mixed"] = folder / "mixed.onnx"
     made = write_mode(
         run / ONNX, files["mixed"], "dynamic", plan=plan, inputs=inputs, keep_float=kept

@@ -1,105 +1,165 @@
-"""Which tensors must stay in float: what rounding each of them does to the answers.
+"""Which layers must stay in float: what computing each of them with rounded numbers does.
 
-KL ≈ ½ δᵀGδ by probes of G: a forecast of the mixed-precision list without labels and without a
-quantised model. Source: arXiv 2307.04719; diagnostics.md §4.
+KL ≈ ½ E (g·δ)², g = JᵀSξ a random probe by a layer's outputs and δ what rounding adds to them: the
+mixed-precision list without labels and without a quantised model. Source: arXiv 2307.04719;
+diagnostics.md §4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from slimfuse.diagnose.answers import Kind, Labelled, Read, flat
-from slimfuse.diagnose.curvature import Change, Estimate
+from slimfuse.diagnose.curvature import Estimate
 from slimfuse.diagnose.probing import Patience, probe
+
+Round = Callable[[Tensor], Tensor]
+"""Rows (n, m) -> what rounding adds to them."""
 
 
 @dataclass(frozen=True)
-class TensorForecast:
-    """KL that a change of one tensor is expected to cost, in nats a sample, by its name."""
+class Scheme:
+    """How a product is computed with small numbers: how its weights (out, in) and inputs round."""
 
-    tensor: str
+    weights: Round
+    inputs: Round = torch.zeros_like
+
+
+@dataclass(frozen=True)
+class LayerForecast:
+    """KL that rounding one layer is expected to cost, in nats a sample, by the scheme's name."""
+
+    layer: str
     costs: Mapping[str, Estimate]
     numbers: int
 
 
-def by_tensor(
+def rounding(rows: Tensor, bits: int, block: int | None = None) -> Tensor:
+    """Return what rounding rows (n, m) to so many bits adds to them.
+
+    Symmetric, with a scale for every row, or for every `block` of its numbers.
+    """
+    exact = rows.detach().double()
+    found = []
+    for part in [exact] if block is None else exact.split(block, 1):
+        scale = part.abs().amax(1, keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
+        found.append((part / scale).round() * scale)
+    return (torch.cat(found, 1) - exact).to(rows.dtype)
+
+
+def dynamic_rounding(rows: Tensor) -> Tensor:
+    """Return what rounding all of a tensor to 0 … 255 with one scale adds to it.
+
+    The range holds zero, which stays exact: ONNX's DynamicQuantizeLinear.
+    """
+    exact = rows.detach().double()
+    low, high = exact.amin().clamp_max(0), exact.amax().clamp_min(0)
+    scale = ((high - low) / 255).clamp_min(1e-30)
+    zero = (-low / scale).round()
+    return (((exact / scale).round() + zero).clamp(0, 255) - zero).mul(scale).sub(exact).to(rows)
+
+
+BLOCK = 32  # inputs of a 4-bit product that share a scale
+INT8 = Scheme(lambda w: rounding(w, 8), dynamic_rounding)
+INT4 = Scheme(lambda w: rounding(w, 4, BLOCK), lambda x: rounding(x, 8, BLOCK))
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's matrix products with weights, by their names."""
+    kinds = (nn.Linear, Conv1D)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """Return a layer's weights (out, in); GPT-2's lie the other way round."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return (weight.T if isinstance(layer, Conv1D) else weight).detach()
+
+
+def by_layer(
     model: nn.Module,
     singles: Iterable[Labelled],
-    changes: Mapping[str, Change],
+    layers: Mapping[str, nn.Module],
+    schemes: Mapping[str, Scheme],
     kind: Kind,
     read: Read = flat,
     *,
     probes: int = 1,
     seed: int = 0,
     patience: Patience | None = None,
-) -> tuple[list[TensorForecast], dict[str, Estimate]]:
-    """Return ½ δᵀGδ of every tensor alone and of all together, for several changes at once.
+) -> tuple[list[LayerForecast], dict[str, Estimate]]:
+    """Return the cost of rounding every layer alone and all together, for several schemes at once.
 
-    singles: samples one by one; changes: by what is to be done, of parameters by name. Each probe
-    g = JᵀSξ of a sample gives (g·δ)² for all of them: one backward pass whatever their number.
-    Labels aren't looked at. Take samples that the model was not trained on.
+    singles: samples one by one. Each probe takes one backward pass, whatever the number of layers
+    and schemes; labels aren't looked at. Take samples that the model was not trained on.
     """
     generator = torch.Generator().manual_seed(seed)
-    names = list(dict.fromkeys(name for change in changes.values() for name in change))
-    parameters = dict(model.named_parameters())
-    asked = [parameters[name] for name in names]
-    products: dict[str, list[Tensor]] = {what: [] for what in changes}
-    for given in (patience or Patience()).over(singles):
-        for _ in range(probes):
-            with torch.enable_grad():
-                value = probe(model, given, kind, generator, read)
-                slopes = torch.autograd.grad(value, asked, allow_unused=True)
-            for what, change in changes.items():
-                row = [
-                    0.0 if g is None or name not in change
-                    else float((g.double() * change[name].to(g)).sum())
-                    for name, g in zip(names, slopes, strict=True)
-                ]  # fmt: skip
-                products[what].append(torch.tensor(row, dtype=torch.float64))
+    exact = {name: matrix(layer) for name, layer in layers.items()}
+    moved = {what: {n: s.weights(w) for n, w in exact.items()} for what, s in schemes.items()}
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, given, made: seen.append((name, given[0].detach(), made))
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    order = {name: place for place, name in enumerate(layers)}
+    products: dict[str, list[Tensor]] = {what: [] for what in schemes}
+    try:
+        for given in (patience or Patience()).over(singles):
+            for _ in range(probes):
+                seen.clear()
+                with torch.enable_grad():
+                    value = probe(model, given, kind, generator, read)
+                    outputs = [made for _, _, made in seen]
+                    slopes = torch.autograd.grad(value, outputs, allow_unused=True)
+                for what, scheme in schemes.items():
+                    row = torch.zeros(len(order), dtype=torch.float64)
+                    for (name, x, _), g in zip(seen, slopes, strict=True):
+                        if g is None:
+                            continue
+                        rows, change = x.flatten(0, -2), moved[what][name]
+                        delta = rows @ change.T + scheme.inputs(rows) @ (exact[name] + change).T
+                        row[order[name]] += (g.flatten(0, -2).double() * delta).sum().cpu()
+                    products[what].append(row)
+    finally:
+        for handle in handles:
+            handle.remove()
+        seen.clear()
     found = {what: torch.stack(rows) for what, rows in products.items()}
-    tensors = [
-        TensorForecast(
+    forecasts = [
+        LayerForecast(
             name,
             {what: Estimate.of(rows[:, i].square() / 2) for what, rows in found.items()},
-            parameters[name].numel(),
+            exact[name].numel(),
         )
-        for i, name in enumerate(names)
+        for i, name in enumerate(layers)
     ]
-    return tensors, {what: Estimate.of(rows.sum(1).square() / 2) for what, rows in found.items()}
+    return forecasts, {what: Estimate.of(r.sum(1).square() / 2) for what, r in found.items()}
 
 
-def rounding(weight: Tensor, bits: int, block: int | None = None) -> Tensor:
-    """Return what rounding a weight (out, in) to so many bits adds to it.
-
-    Symmetric, with a scale for every output, or for every `block` of its inputs.
-    """
-    rows = weight.detach().double()
-    parts = [rows] if block is None else list(rows.split(block, 1))
-    found = []
-    for part in parts:
-        scale = part.abs().amax(1, keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
-        found.append((part / scale).round() * scale)
-    return (torch.cat(found, 1) - rows).to(weight.dtype)
+def dearest(found: Sequence[LayerForecast], what: str) -> list[LayerForecast]:
+    """Return layers by what rounding them costs a number, the dearest first."""
+    return sorted(found, key=lambda one: -one.costs[what].value / one.numbers)
 
 
 def in_float(
-    found: Sequence[TensorForecast], what: str, allowed: float
+    found: Sequence[LayerForecast], what: str, allowed: float
 ) -> tuple[tuple[str, ...], float]:
-    """Return the tensors to leave as they are so that the rest costs at most `allowed` nats.
+    """Return the layers to leave as they are so that the rest costs at most `allowed` nats.
 
-    The dearest by what they cost a number go first. Also returns what the others cost together,
-    cross terms left out.
+    The `dearest` go first. Also returns what the others cost together, cross terms left out.
     """
-    left = {one.tensor: one.costs[what].value for one in found}
-    order = sorted(found, key=lambda one: -one.costs[what].value / one.numbers)
+    left = {one.layer: one.costs[what].value for one in found}
     kept: list[str] = []
-    for one in order:
+    for one in dearest(found, what):
         if sum(left.values()) <= allowed:
             break
-        kept.append(one.tensor)
-        del left[one.tensor]
+        kept.append(one.layer)
+        del left[one.layer]
     return tuple(kept), sum(left.values())

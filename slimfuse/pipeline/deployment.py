@@ -33,9 +33,12 @@ from torch import Tensor
 from slimfuse.batch import Batch, arrays, call
 from slimfuse.errors import CheckFailed
 from slimfuse.onnx import export_onnx
+from slimfuse.pipeline.forecasting import forecast_ranking
+from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.stages import ANSWERS, BaseStages
 from slimfuse.progress import track, working
 from slimfuse.recipe import AnyRecipe
+from slimfuse.recipe.diagnosing import Diagnose
 from slimfuse.report import Tried
 from slimfuse.store import Stage, Store
 from slimfuse.tasks import Evidence, Task, ask
@@ -138,14 +141,22 @@ class Deployment:
             inputs |= {"keep_float": list(keep_float)}
         return self.store.stage(name, inputs, build)
 
-    def mixed(self, exported: Stage, quantised: Stage) -> Iterator[tuple[tuple[str, ...], Stage]]:
-        """Yield ever longer lists of noisy products, with the file in which those stay float32."""
-        cases = load_reference(exported.path / "samples.npz")
-        noise = product_noise(
-            exported.path / "model.onnx", quantised.path / "model_quantized.onnx",
-            [case.inputs for case in cases],
-        )  # fmt: skip
-        for kept in fallbacks(noise):
+    def mixed(
+        self, exported: Stage, quantised: Stage, child: Path
+    ) -> Iterator[tuple[tuple[str, ...], Stage]]:
+        """Yield ever longer lists of products, with the file in which those stay float32.
+
+        The dearest by the forecast of a child's layers go first, then those with most noise.
+        """
+        onnx = exported.path / "model.onnx"
+        with working("finding what must stay in float32"):
+            cases = [case.inputs for case in load_reference(exported.path / "samples.npz")]
+            noise = product_noise(onnx, quantised.path / "model_quantized.onnx", cases)
+            ranked = [one.product for one in noise]
+            if isinstance(self.job, Job):
+                spec = self.job.recipe.diagnose or Diagnose()
+                ranked = [*forecast_ranking(self.job, child, onnx, self.mode[0], spec), *ranked]
+        for kept in fallbacks(list(dict.fromkeys(ranked))):
             yield kept, self.quantised(exported, "int8-mixed", keep_float=kept)
 
     def _calibration(self) -> list[dict[str, Any]]:

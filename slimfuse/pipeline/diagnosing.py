@@ -12,10 +12,20 @@ from torch import Tensor, nn
 
 from slimfuse.batch import Batch, call
 from slimfuse.diagnose.answers import Kind, Labelled, Read
+from slimfuse.diagnose.curvature import Estimate
 from slimfuse.diagnose.lipschitz import amplifications, slopes_of
 from slimfuse.diagnose.probing import Patience
 from slimfuse.diagnose.propagation import Signal, signals
-from slimfuse.diagnose.rounding import by_tensor, in_float, rounding
+from slimfuse.diagnose.rounding import (
+    BLOCK,
+    INT4,
+    INT8,
+    LayerForecast,
+    Scheme,
+    by_layer,
+    in_float,
+    linear_layers,
+)
 from slimfuse.diagnose.spectrum import Spectrum, allocate, spectra
 from slimfuse.families import Layout
 from slimfuse.pipeline.answering import kind_of, reading
@@ -29,7 +39,6 @@ from slimfuse.report import Finding, words
 SMALL = 8  # samples a pass
 SHARES = {"structure": 0.2, "signals": 0.1, "slopes": 0.4, "rounding": 0.3}  # of all the time
 TOLERATED = 0.01  # nats: what INT8 may cost the answers
-INT4_BLOCK = 32
 FRAGILE = 1.5  # times the parent's slope
 
 
@@ -222,30 +231,27 @@ class Diagnosing:
 
     # -- §4 ----------------------------------------------------------------------------------
 
-    def rounding(self) -> list[Finding]:
-        """Say what rounding each tensor of the last model costs."""
-        one = self.subjects[-1]
-        weights = {
-            f"{name}.weight": module.weight
-            for name, module in one.model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        if not weights:  # GPT-2's layers keep their weights the other way round
-            return []
-        changes = {
-            "int8": {n: rounding(w, 8) for n, w in weights.items()},
-            "int4": {n: rounding(w, 4, INT4_BLOCK) for n, w in weights.items()},
-        }
-        found, every = by_tensor(
-            one.model, self._batches(1), changes, self.kind, self.read, probes=self.spec.probes,
-            seed=self.spec.seed, patience=self._patience("rounding"),
+    def rounded(
+        self, schemes: Mapping[str, Scheme]
+    ) -> tuple[list[LayerForecast], dict[str, Estimate]]:
+        """Return what rounding each product of the last model costs, and all of them together."""
+        model = self.subjects[-1].model
+        return by_layer(
+            model, self._batches(1), linear_layers(model), schemes, self.kind, self.read,
+            probes=self.spec.probes, seed=self.spec.seed, patience=self._patience("rounding"),
         )  # fmt: skip
-        kept = {what: in_float(found, what, TOLERATED) for what in changes}
+
+    def rounding(self) -> list[Finding]:
+        """Say what rounding each product of the last model costs."""
+        one = self.subjects[-1]
+        schemes = {"int8": INT8, "int4": INT4}
+        found, every = self.rounded(schemes)
+        kept = {what: in_float(found, what, TOLERATED) for what in schemes}
         rows = []
         for t in sorted(found, key=lambda t: -t.costs["int8"].value):
-            keep = [what for what in changes if t.tensor in kept[what][0]]
+            keep = [what for what in schemes if t.layer in kept[what][0]]
             rows.append(
-                (t.tensor, words.count(t.numbers), _estimate(t.costs["int8"]),
+                (t.layer, words.count(t.numbers), _estimate(t.costs["int8"]),
                  _estimate(t.costs["int4"]), ", ".join(keep) or "–")
             )  # fmt: skip
         rows.append(("all together", words.count(sum(t.numbers for t in found)),
@@ -254,9 +260,10 @@ class Diagnosing:
             Finding(
                 f"What to keep in float of {one.name}",
                 f"{every['int8'].samples} probes of held-out samples, seed {self.spec.seed}, ± "
-                "standard error; KL in nats a sample by rounding weights alone: int8 with a scale "
-                f"for each output, int4 for each {INT4_BLOCK} inputs.",
-                ("tensor", "numbers", "KL int8", "KL int4", "keep in float for"),
+                "standard error; KL in nats a sample by products of rounded numbers: int8 with "
+                "a scale for each output and one for the inputs, int4 for "
+                f"each {BLOCK} inputs, which are int8.",
+                ("layer", "numbers", "KL int8", "KL int4", "keep in float for"),
                 tuple(rows),
                 _rounding_decision(kept, every["int8"].value),
             )
@@ -308,12 +315,12 @@ def _rounding_decision(kept: Mapping[str, tuple[tuple[str, ...], float]], whole:
     state = "fragile" if whole > TOLERATED else "flat"
     if not names:
         return (
-            f"The weights are {state}: quantise all of them to INT8 ({left:.4f} nats in sum). Of "
-            f"int4 {four} tensors would have to stay in float."
+            f"The products are {state}: quantise all of them to INT8 ({left:.4f} nats in sum). Of "
+            f"int4 {four} layers would have to stay in float."
         )
     return (
-        f"The weights are {state}: keep {', '.join(names)} in float, and INT8 costs {left:.4f} "
-        f"nats in sum. Of int4 {four} tensors would have to stay."
+        f"The products are {state}: keep {', '.join(names)} in float, and INT8 costs {left:.4f} "
+        f"nats in sum. Of int4 {four} layers would have to stay."
     )
 
 

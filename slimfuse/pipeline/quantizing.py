@@ -35,7 +35,7 @@ def quantise(
 ) -> QuantizedFile | None:
     """Return the quantised file of an export; its figures are added to `measured`.
 
-    Where it loses more than `max_drop`, products go back to float, the noisiest first, until it
+    Where it loses more than `max_drop`, products go back to float, the dearest first, until it
     doesn't; where that doesn't help, the plain file is measured but not shipped. Mode `dynamic`
     ships whatever it loses; None for mode `none`.
     """
@@ -55,11 +55,11 @@ def quantise(
     stage, fine = plain, loss <= quantize.max_drop or quantize.mode == "dynamic"
     tried = [_tried(job, mode, 0, loss, fine, reason)]
     if not fine:
-        for kept, mixed in deployment.mixed(exported, plain):
+        for kept, mixed in deployment.mixed(exported, plain, child.path):
             found, loss = judged(mixed)
-            say(f"with {len(kept)} noisy products in float32", found)
+            say(f"with {len(kept)} products in float32", found)
             good = loss <= quantize.max_drop
-            tried.append(_tried(job, mode, len(kept), loss, good, "the noisiest stay float32"))
+            tried.append(_tried(job, mode, len(kept), loss, good, "the dearest stay float32"))
             if good:
                 stage, figures, fine = mixed, found, True
                 break

@@ -54,7 +54,7 @@ class Quantize(Strict):
     max_drop: Fraction = Field(
         0.01,
         description="Largest loss of the task's metric against the ONNX model, 0 to 1; where it is "
-        "larger, the noisiest matrix products stay float32, up to half of them.",
+        "larger, the dearest matrix products stay float32, up to half of them.",
     )
 
 

@@ -20,7 +20,17 @@ from slimfuse.diagnose.curvature import (
     scalar_curvature,
 )
 from slimfuse.diagnose.probing import Patience
-from slimfuse.diagnose.rounding import TensorForecast, by_tensor, in_float, rounding
+from slimfuse.diagnose.rounding import (
+    INT4,
+    INT8,
+    LayerForecast,
+    Scheme,
+    by_layer,
+    dynamic_rounding,
+    in_float,
+    linear_layers,
+    rounding,
+)
 
 # torch's own rules of forward mode are compiled on first use
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
@@ -121,20 +131,83 @@ def test_scalar_curvature_of_known_surfaces() -> None:
     )
 
 
-def test_probes_estimate_the_quadratic_of_every_tensor() -> None:
+def test_probes_estimate_the_quadratic_of_every_layer() -> None:
+    """Rounded weights alone are a change of the weights, whose quadratic is known exactly."""
     model, x = random_vit(hidden_size=6, num_attention_heads=2, intermediate_size=5), images(6)
-    names = [n for n, p in model.named_parameters() if p.ndim == 2][:3]
-    parameters = dict(model.named_parameters())
-    change = {name: rounding(parameters[name], 4) for name in names}
-    told = {n: forecast(model, [(x, None)], {n: change[n]}, "classes").quadratic for n in names}
+    layers = dict(list(linear_layers(model).items())[:3])
+    change = {f"{name}.weight": rounding(layer.weight, 4) for name, layer in layers.items()}
+    told = {n: forecast(model, [(x, None)], {n: d}, "classes").quadratic for n, d in change.items()}
     whole = forecast(model, [(x, None)], change, "classes").quadratic.value
     singles = [(x[i : i + 1], None) for i in range(len(x))]
-    found, every = by_tensor(model, singles, {"int4": change}, "classes", probes=50)
+    scheme = {"int4": Scheme(lambda w: rounding(w, 4))}
+    found, every = by_layer(model, singles, layers, scheme, "classes", probes=50)
     for one in found:
         cost = one.costs["int4"]
-        assert abs(cost.value - told[one.tensor].value) < 5 * cost.error
+        assert abs(cost.value - told[f"{one.layer}.weight"].value) < 5 * cost.error
         assert cost.error < 0.3 * cost.value
     assert abs(every["int4"].value - whole) < 5 * every["int4"].error
+
+
+class Rounded(nn.Module):
+    """A layer that computes as a scheme says."""
+
+    def __init__(self, layer: nn.Linear, scheme: Scheme) -> None:
+        super().__init__()
+        self.layer, self.scheme = layer, scheme
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, w = x.flatten(0, -2), self.layer.weight
+        y = (rows + self.scheme.inputs(rows)) @ (w + self.scheme.weights(w)).T + self.layer.bias
+        return y.unflatten(0, x.shape[:-1])
+
+
+@pytest.mark.parametrize("scheme", [INT8, INT4])
+def test_rounded_products_cost_what_their_forecast_says(scheme: Scheme) -> None:
+    model, x = random_vit(), images(16)
+    name = "vit.layers.1.mlp.fc1"
+    layer = linear_layers(model)[name]
+    singles = [(x[i : i + 1], None) for i in range(len(x))]
+    found, _ = by_layer(model, singles, {name: layer}, {"it": scheme}, "classes", probes=10)
+    after = copy.deepcopy(model)
+    after.set_submodule(name, Rounded(after.get_submodule(name), scheme))
+    truth = measured(model, after, singles, "classes")[1].value
+    cost = found[0].costs["it"]
+    assert abs(cost.value - truth) < 5 * cost.error + 0.1 * cost.value
+    assert cost.error < 0.2 * cost.value
+
+
+def test_a_layer_that_is_called_twice_counts_twice() -> None:
+    layer = nn.Linear(4, 4).double()
+    twice, x = nn.Sequential(layer, nn.Tanh(), layer), normal(1, 4, seed=3)
+    change = {"0.weight": rounding(layer.weight, 4)}
+    told = forecast(twice, [(x, None)], change, "numbers").quadratic.value
+    singles, scheme = [(x, None)] * 2, {"it": Scheme(lambda w: rounding(w, 4))}
+    found, _ = by_layer(twice, singles, {"0": layer}, scheme, "numbers", probes=200)
+    assert abs(found[0].costs["it"].value - told) < 5 * found[0].costs["it"].error
+
+
+def test_dynamic_rounding_is_onnx_s() -> None:
+    """Against the operator's own implementation, and zero stays zero."""
+    from onnx import TensorProto, helper
+    from onnx.reference import ReferenceEvaluator
+
+    node = helper.make_node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"])
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [node], "g", [value("x", TensorProto.FLOAT, None)],
+        [value("y", TensorProto.UINT8, None), value("s", TensorProto.FLOAT, None),
+         value("z", TensorProto.UINT8, None)],
+    )  # fmt: skip
+    operator = ReferenceEvaluator(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    )
+    for seed, shift in enumerate((0.0, 3.0, -3.0)):
+        x = (normal(5, 7, seed=seed) + shift).float()
+        x[0, 0] = 0
+        y, s, z = operator.run(None, {"x": x.numpy()})
+        want = torch.from_numpy((y.astype("float64") - float(z)) * float(s)) - x.double()
+        torch.testing.assert_close(dynamic_rounding(x).double(), want, rtol=0, atol=1e-6)
+        assert float(dynamic_rounding(x)[0, 0]) == 0
 
 
 def test_a_forecast_of_rounding_is_near_the_truth() -> None:
@@ -161,8 +234,8 @@ def test_rounding_stays_within_half_a_step(block: int | None) -> None:
 
 
 def test_the_list_of_what_stays_in_float() -> None:
-    def one(name: str, cost: float, numbers: int) -> TensorForecast:
-        return TensorForecast(name, {"int8": Estimate(cost, 0, 9)}, numbers)
+    def one(name: str, cost: float, numbers: int) -> LayerForecast:
+        return LayerForecast(name, {"int8": Estimate(cost, 0, 9)}, numbers)
 
     found = [one("a", 0.5, 100), one("b", 0.4, 10), one("c", 0.1, 1000)]
     assert in_float(found, "int8", 2.0) == ((), pytest.approx(1.0))
@@ -172,7 +245,7 @@ def test_the_list_of_what_stays_in_float() -> None:
     kept = set(in_float(found, "int8", 0.55)[0])
     enough = [
         set(group) for k in range(4) for group in combinations("abc", k)
-        if sum(f.costs["int8"].value for f in found if f.tensor not in group) <= 0.55
+        if sum(f.costs["int8"].value for f in found if f.layer not in group) <= 0.55
     ]  # fmt: skip
     assert kept in enough
 

@@ -18,6 +18,7 @@ from slimfuse_export.quantization.files import (
     quantize_static_int8,
 )
 from slimfuse_export.quantization.noise import Noise, fallbacks, product_noise
+from slimfuse_export.quantization.products import product_weights
 from slimfuse_export.quantization.quality import Loss, disagreement, lost_accuracy
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "int8_saturates",
     "lost_accuracy",
     "product_noise",
+    "product_weights",
     "quantization_plan",
     "quantize_dynamic_int8",
     "quantize_int4",

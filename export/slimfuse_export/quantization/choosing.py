@@ -177,7 +177,8 @@ def _good_enough(
     if (found := attempt(keep_float)) is not None:
         return found
     first = stem.with_name(f"{stem.name}-{len(attempts) - 1}.onnx")
-    for kept in fallbacks(product_noise(src, first, inputs), keep_float):
+    noisy = [one.product for one in product_noise(src, first, inputs)]
+    for kept in fallbacks(noisy, keep_float):
         if (found := attempt(kept)) is not None:
             return found
     return None

@@ -58,13 +58,13 @@ def product_noise(src: str | Path, quantized: str | Path, inputs: Sequence[Array
     return sorted(noisy, key=lambda one: one.sqnr)
 
 
-def fallbacks(noise: Sequence[Noise], keep_float: Sequence[str] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield ever longer lists of products to keep float: the noisiest eighth, then two, …, half.
+def fallbacks(names: Sequence[str], keep_float: Sequence[str] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield ever longer lists of products to keep float: the first eighth, then two, …, half.
 
-    keep_float: names that are on every list. With more than half of them float there is little
-    left to gain.
+    names: of all products, the worst first. keep_float: names that are on every list. With more
+    than half of them float there is little left to gain.
     """
-    names = [one.product for one in noise if one.product not in keep_float]
+    names = [name for name in names if name not in keep_float]
     group = max(1, math.ceil(len(names) / GROUPS))
     for count in range(group, len(names) // 2 + 1, group):
         yield (*keep_float, *names[:count])

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from slimfuse_export.errors import ExportError
+from slimfuse_export.graph import load_model
 
 # Everything else is left alone: the library's own choice makes invalid graphs at opset 23 and 24
 OP_TYPES = ("MatMul", "Gemm")
@@ -31,6 +35,14 @@ def products(graph: onnx.GraphProto) -> list[Product]:
         for node in graph.node
         if node.op_type in OP_TYPES and node.input[1] in constants
     ]
+
+
+def product_weights(path: str | Path) -> dict[str, NDArray[np.generic]]:
+    """Return the weights of a file's products with constant ones, by the products' names."""
+    model = load_model(path)
+    named(model)
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    return {p.name: onnx.numpy_helper.to_array(values[p.weight]) for p in products(model.graph)}
 
 
 def without_weights(graph: onnx.GraphProto) -> list[str]:
