@@ -10,7 +10,8 @@ SOURCES := slimfuse export tests benchmarks
 	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
 	bench-distillation bench-sweep bench-processes bench-protect bench-trends bench-deployment \
-	bench-serving bench-spectral-budget bench-mixed-precision clean
+	bench-serving bench-spectral-budget bench-mixed-precision \
+	bench-diagnose clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -78,6 +79,9 @@ bench-spectral-budget: install
 
 bench-mixed-precision: install
 	$(BIN)/python benchmarks/mixed_precision.py
+
+bench-diagnose: install
+	$(BIN)/python benchmarks/diagnose.py
 
 bench-deployment: install
 	$(BIN)/python benchmarks/deployment.py

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from common import machine, settle, write
+from plots import Line, Panel, draw
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from slimfuse.fuse.leave_out import LeaveOut
 STRENGTHS = tuple(10.0**k for k in range(-6, 3))
 FIXED = 1e-8
 TRAIN = 1200
+DENSE = 16  # filters up to which a Jacobian is made
 
 
 def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,10 +88,32 @@ def slopes(seed: int, steps: int = 500) -> list[dict[str, float]]:
 
 def ranks(_seed: int) -> list[dict[str, float]]:
     """Rank of the Gauss-Newton matrix of linear CNNs over their parameters."""
-    return [
-        {"filters": m, "parameters": m * 3 + m * m * 3, "rank": linear_cnn((1, m, m), (3, 3)).outer}
-        for m in (4, 8, 16, 32, 64)
-    ]
+    rows = []
+    for m in (4, 8, 16, 32, 64):
+        told = linear_cnn((1, m, m), (3, 3)).outer
+        counted = dense_rank(m) if m <= DENSE else -1
+        rows.append({"filters": m, "parameters": m * 3 + m * m * 3, "rank": told,
+                     "counted": counted})  # fmt: skip
+    return rows
+
+
+def dense_rank(filters: int) -> int:
+    """Return the rank of JᵀJ of such a net, counted from its Jacobian on random inputs."""
+    generator = torch.Generator().manual_seed(filters)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x = normal(12, 1, 5)  # more than enough inputs of one value at the output's only place
+    first, second = normal(filters, 1, 3), normal(filters, filters, 3)
+
+    def answers(a: Tensor, b: Tensor) -> Tensor:
+        hidden = nn.functional.conv1d(x, a)
+        return nn.functional.conv1d(hidden, b).flatten()
+
+    parts = torch.func.jacrev(answers, argnums=(0, 1))(first, second)
+    jacobian = torch.cat([part.flatten(1) for part in parts], 1)
+    return int(torch.linalg.matrix_rank(jacobian))
 
 
 def descent(seed: int) -> list[dict[str, float]]:
@@ -141,7 +165,7 @@ def quantised(seed: int) -> list[dict[str, float]]:
 TRENDS: dict[str, Callable[[int], list[dict[str, float]]]] = {
     "Tokens become alike with depth": collapse,
     "Bounds of the Lipschitz constant over width": slopes,
-    "Rank of a linear CNN's Hessian, by the formula": ranks,
+    "Rank of a linear CNN's Hessian": ranks,
     "Double descent of a refit, and leave-one-out": descent,
     "KL of rounded weights, forecast and measured": quantised,
 }
@@ -152,6 +176,37 @@ def table(rows: Sequence[dict[str, float]]) -> list[str]:
     names = list(rows[0])
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     return lines + [f"| {' | '.join(f'{r[n]:.3g}' for n in names)} |" for r in rows]
+
+
+def pictures(found: dict[str, list[dict[str, float]]]) -> list[Panel]:
+    """Return the tables as diagrams."""
+
+    def line(name: str, x: str, y: str, style: str = "o-") -> Line:
+        rows = [r for r in found[name] if r[y] != -1]
+        return Line(y, [r[x] for r in rows], [r[y] for r in rows], style)
+
+    deep, wide, cnn, refit, kl = found
+    styles = {
+        "plain": "o-", "plain, formula": "k:", "scaled": "s-", "scaled, formula": "k--",
+        "lower": "o-", "upper": "s-", "fixed": "o-", "left out": "s-", "rank": "-", "counted": "o",
+        "held out": "o-", "held out, forecast": "o:", "training": "s-", "training, forecast": "s:",
+    }  # fmt: skip
+
+    def lines(name: str, x: str, *ys: str) -> list[Line]:
+        return [line(name, x, y, styles[y]) for y in ys]
+
+    return [
+        Panel(deep, "layers of uniform attention", "cosine of two tokens",
+              lines(deep, "layers", "plain", "plain, formula", "scaled", "scaled, formula")),
+        Panel("Lipschitz bounds over width", "hidden units", "slope of the answers",
+              lines(wide, "width", "lower", "upper"), "x"),
+        Panel(cnn, "parameters", "rank", lines(cnn, "parameters", "rank", "counted"), "xy"),
+        Panel("Double descent of a refit", "calibration images (65 inputs)", "test accuracy",
+              lines(refit, "images", "fixed", "left out"), "x"),
+        Panel(kl, "bits", "nats a sample",
+              lines(kl, "bits", "held out", "held out, forecast", "training",
+                    "training, forecast"), "y"),
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -171,10 +226,11 @@ def main() -> None:
         print("\n".join(text))
     else:
         write("trends", {"trends": found, "machine": machine()}, "\n".join(text))
+        draw("trends", pictures(found))
     deep, wide = found["Tokens become alike with depth"], found[
         "Bounds of the Lipschitz constant over width"
     ]  # fmt: skip
-    cnn, refit = found["Rank of a linear CNN's Hessian, by the formula"], found[
+    cnn, refit = found["Rank of a linear CNN's Hessian"], found[
         "Double descent of a refit, and leave-one-out"
     ]  # fmt: skip
     slope = [log(b["rank"] / a["rank"]) / log(b["parameters"] / a["parameters"])
@@ -186,6 +242,9 @@ def main() -> None:
             and deep[-1]["scaled"] < 0.3,
             "lower bounds stay below upper ones": all(r["lower"] <= r["upper"] for r in wide),
             "rank grows as the root of the parameters": all(0.4 < s < 0.6 for s in slope),
+            "ranks are those that are counted": all(
+                r["counted"] in (-1, r["rank"]) for r in cnn
+            ),
             "leave-one-out is never 5 points below the fixed ridge": all(
                 r["left out"] > r["fixed"] - 0.05 for r in refit
             ),
