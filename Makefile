@@ -11,7 +11,7 @@ SOURCES := slimfuse export tests benchmarks
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
 	bench-distillation bench-sweep bench-processes bench-protect bench-trends bench-deployment \
 	bench-serving bench-spectral-budget bench-mixed-precision \
-	bench-diagnose clean
+	bench-diagnose bench-quality bench-exponents bench-efficiency bench-latency clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -82,6 +82,18 @@ bench-mixed-precision: install
 
 bench-diagnose: install
 	$(BIN)/python benchmarks/diagnose.py
+
+bench-quality: install
+	$(BIN)/python benchmarks/quality.py
+
+bench-exponents: install
+	$(BIN)/python benchmarks/exponents.py
+
+bench-efficiency: install
+	$(BIN)/python benchmarks/efficiency.py
+
+bench-latency: install
+	$(BIN)/python benchmarks/latency.py
 
 bench-deployment: install
 	$(BIN)/python benchmarks/deployment.py

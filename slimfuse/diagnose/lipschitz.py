@@ -33,7 +33,8 @@ def slopes_of(
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     direction = _unit(noise.to(x))
     found = x.new_zeros(len(x))
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+    # without grad the weights' own graph isn't kept from one iteration to the next
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated", DeprecationWarning)
         for _ in range(iterations):
             _, pushed, *_ = torch.func.jvp(function, (x,), (direction,))

@@ -82,8 +82,8 @@ def spectra(
     draw of `ROWS` tokens is kept. Cost: one forward and backward pass.
     """
     generator = torch.Generator().manual_seed(seed)
-    kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in sites}
-    count = tokens = 0
+    kept = {name: (Drawn(ROWS), Drawn(ROWS)) for name in sites}
+    count = 0
     for given in (patience or Patience()).over(batches):
         with reading(model, sites) as seen, torch.enable_grad():
             value = probe(model, given, kind, generator, read)
@@ -91,16 +91,35 @@ def spectra(
         mask, count = token_mask(given[0]), count + len(given[0])
         for (name, x), g in zip(seen.items(), slopes, strict=True):
             g = torch.zeros_like(x) if g is None else g
-            kept[name].append((_flat(x.detach(), mask), _flat(g, mask)))
-        tokens += len(kept[next(iter(sites))][-1][0])
+            for drawn, values in zip(kept[name], (x.detach(), g), strict=True):
+                drawn.add(_flat(values, mask), generator)
+    tokens = kept[next(iter(sites))][0].seen
     each = tokens / max(1, count)  # the loss of a sample is a sum over its tokens
     found = []
-    for name, parts in kept.items():
-        x, g = (torch.cat(part) for part in zip(*parts, strict=True))
-        some, other = (torch.randperm(len(x), generator=generator)[:ROWS] for _ in range(2))
-        values = each * weighted_spectrum(x[some], g[other])
-        found.append(Spectrum(name, values, x.shape[1], len(some)))
+    for name, (rows, gradients) in kept.items():
+        values = each * weighted_spectrum(rows.rows, gradients.rows)
+        found.append(Spectrum(name, values, rows.rows.shape[1], len(rows.rows)))
     return found, count
+
+
+class Drawn:
+    """A random draw of at most `most` of all rows that come by, in the memory of the draw."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.seen = most, 0
+        self.rows = torch.empty(0)
+        self._keys = torch.empty(0, dtype=torch.float64)
+
+    def add(self, rows: Tensor, generator: torch.Generator) -> None:
+        """Let rows (n, width) take part: those with the largest random keys stay."""
+        self.seen += len(rows)
+        keys = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+        keys = torch.cat([self._keys, keys])
+        rows = torch.cat([self.rows, rows]) if len(self.rows) else rows
+        if len(keys) > self.most:
+            keys, places = keys.topk(self.most)
+            rows = rows[places]
+        self._keys, self.rows = keys, rows.clone()  # not a view of the whole batch
 
 
 @contextmanager

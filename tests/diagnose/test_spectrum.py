@@ -10,7 +10,7 @@ from test_gauge import FAMILY, rebuilt, regauged
 from tiny import images, logits, random_vit
 from torch import Tensor
 
-from slimfuse.diagnose.spectrum import Spectrum, allocate, spectra, weighted_spectrum
+from slimfuse.diagnose.spectrum import Drawn, Spectrum, allocate, spectra, weighted_spectrum
 from slimfuse.fuse.canonical import canonical
 
 
@@ -124,3 +124,24 @@ def test_a_floor_and_the_trust_region() -> None:
     assert got.widths == (2, 6) and not got.trusted  # two lost directions of ½ nat each
     assert allocate([flat, steep], [1, 1], 10, floor=0.25).trusted
     assert Spectrum("none", torch.zeros(4), 4, 9).effective(0.99) == 0
+
+
+def test_a_draw_holds_so_many_rows_and_each_as_often() -> None:
+    generator = torch.Generator().manual_seed(0)
+    times = torch.zeros(12)
+    for _ in range(3000):
+        drawn = Drawn(4)
+        for part in torch.arange(12.0)[:, None].split(5):
+            drawn.add(part, generator)
+        assert drawn.seen == 12 and drawn.rows.shape == (4, 1)
+        times[drawn.rows[:, 0].long()] += 1
+    # each stays with probability 1/3: 1 000 of 3 000, five standard deviations are 129
+    assert bool(((times - 1000).abs() < 129).all())
+
+
+def test_fewer_rows_than_a_draw_holds_all_stay() -> None:
+    drawn, generator = Drawn(9), torch.Generator().manual_seed(0)
+    rows = torch.arange(6.0).view(3, 2)
+    drawn.add(rows[:2], generator)
+    drawn.add(rows[2:], generator)
+    assert torch.equal(drawn.rows, rows)
