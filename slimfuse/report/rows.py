@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from slimfuse.errors import SlimfuseError, UserError
 from slimfuse.report._wire import decode, not_finite, plain
 
+T = TypeVar("T")
 SCHEMA = "slimfuse.report/1"
 """Raised by one whenever a key changes its meaning or goes away."""
 
@@ -252,6 +253,12 @@ class Report:
         """Every (threads, batch) a latency was measured under, ordered by batch, then threads."""
         return _ordered({(x.threads, x.batch) for row in self.rows for x in row.latency})
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the verdict and every row, compact and self-contained."""
+        from slimfuse.report.notebook import fragment
+
+        return fragment(self)
+
     @property
     def sparsity(self) -> float | None:
         """The share of zeros among the weights of the pruned layers; None without any."""
@@ -294,25 +301,35 @@ def from_json(text: str) -> Report:
 
     Raises: UserError when it is no report of this schema; every gap is named with its path.
     """
+    return decoded(text, Report, SCHEMA)
+
+
+def decoded(text: str, kind: type[T], schema: str) -> T:
+    """Return the record that `to_json` wrote under a schema; raises as `from_json`."""
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError("this is not JSON", where=where, got=error.msg) from error
-    schema = data.pop("schema", None) if isinstance(data, dict) else None
-    if schema != SCHEMA:
+    except RecursionError as error:
+        raise UserError("this is no report", got="lists within lists without end") from error
+    got = data.pop("schema", None) if isinstance(data, dict) else None
+    if got != schema:
         raise UserError(
             "this is not a slimfuse report of a schema this version reads",
-            got=schema,
-            allowed=SCHEMA,
+            got=got,
+            allowed=schema,
             hint="run `slimfuse report` of the version that wrote it, or repeat the run",
         )
     gaps: list[str] = []
-    report = decode(Report, data, "report", gaps)
+    try:
+        record = decode(kind, data, "report", gaps)
+    except SlimfuseError as error:  # its parts are there, but don't fit each other
+        raise UserError("the report is damaged", got=error.got, allowed=error.allowed) from error
     if gaps:
         raise UserError("the report is damaged", got="; ".join(gaps))
-    assert isinstance(report, Report)
-    return report
+    assert isinstance(record, kind)
+    return record
 
 
 def _ordered(conditions: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
