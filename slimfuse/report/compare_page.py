@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from slimfuse.report import words
-from slimfuse.report._canvas import THEMES, Theme
 from slimfuse.report.budget import ORDER
 from slimfuse.report.compare import Compared, RunsReport, lines, merged
-from slimfuse.report.html import Drawn, drawn, of_front, page
+from slimfuse.report.html import page
+from slimfuse.report.panels import Drawn, drawn, of_front
 from slimfuse.report.pareto import front, unbeaten
 from slimfuse.report.rows import Row
 from slimfuse.report.scatter import accuracy_latency, accuracy_ratio, accuracy_size, plottable
@@ -98,7 +98,7 @@ def _plots(report: RunsReport) -> list[Drawn]:
         for row in one_file
     )
     return [*out, _both_sizes(
-        lambda theme, narrow: accuracy_size(one_file, metric=metric, theme=theme, narrow=narrow),
+        lambda narrow: accuracy_size(one_file, metric=metric, narrow=narrow),
         f"{metric.capitalize()} against size", f"{bars}.",
         f"Scatter plot of {metric} against parameters: {seen}.",
     )]  # fmt: skip
@@ -112,9 +112,7 @@ def _by_time(report: RunsReport, points: list[Row], at: tuple[int, int], bars: s
         for row, shown, x in plottable(points, *at, metric)
     )
     return _both_sizes(
-        lambda theme, narrow: accuracy_latency(
-            points, *at, metric=metric, theme=theme, front=tied, narrow=narrow
-        ),
+        lambda narrow: accuracy_latency(points, *at, metric=metric, front=tied, narrow=narrow),
         f"{metric.capitalize()} against latency, {where}",
         f"{bars}, the level one runs from the p50 to the p90 latency. {of_front(tied)} "
         f"{NOT_IN_TURNS}",
@@ -132,9 +130,7 @@ def _by_ratio(report: RunsReport, at: tuple[int, int], bars: str) -> Drawn:
         for (share, _, name), (row, _) in zip(places, pairs, strict=True)
     )
     return _both_sizes(
-        lambda theme, narrow: accuracy_ratio(
-            pairs, where, metric=metric, theme=theme, front=tied, narrow=narrow
-        ),
+        lambda narrow: accuracy_ratio(pairs, where, metric=metric, front=tied, narrow=narrow),
         f"{metric.capitalize()} against time, {where}",
         f"{bars}, the level one that of the time as a share of the run's own best parent's, timed "
         f"in turns: all parents have one shape. {of_front(tied)}",
@@ -143,9 +139,8 @@ def _by_ratio(report: RunsReport, at: tuple[int, int], bars: str) -> Drawn:
     )
 
 
-def _both_sizes(draw: Callable[[Theme, bool], str], title: str, caption: str, alt: str) -> Drawn:
-    wide, narrow = ({theme: draw(theme, small) for theme in THEMES} for small in (False, True))
-    return drawn(title, caption, alt, wide, narrow)
+def _both_sizes(draw: Callable[[bool], str], title: str, caption: str, alt: str) -> Drawn:
+    return drawn(title, caption, alt, draw(False), draw(True))
 
 
 @dataclass(frozen=True)
