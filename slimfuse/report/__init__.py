@@ -8,6 +8,7 @@ from slimfuse.report.html import render_html
 from slimfuse.report.notebook import fragment
 from slimfuse.report.rows import (
     STAGES,
+    Example,
     Figure,
     FileSize,
     Finding,
@@ -32,6 +33,7 @@ from slimfuse.report.verdict import verdict
 __all__ = [
     "STAGES",
     "Candidate",
+    "Example",
     "Figure",
     "FileSize",
     "Finding",

@@ -123,7 +123,7 @@ def compare(reports: Mapping[str, Report]) -> RunsReport:
     """Return runs side by side, by the folders they lie in; each shown under a name of its own."""
     labels = _labels(reports)
     runs = tuple(
-        Compared(label, folder, replace(report, pictures=(), settings={}, findings=(), zeros=()))
+        Compared(label, folder, _bare(report))
         for (folder, report), label in zip(reports.items(), labels, strict=True)
     )
     every = list(reports.values())
@@ -138,6 +138,11 @@ def compare(reports: Mapping[str, Report]) -> RunsReport:
         tuple(sorted(common, key=lambda c: (c[1], c[0]))),
         tuple(differing([report.settings for report in every])),
     )
+
+
+def _bare(report: Report) -> Report:
+    """Return a report without what a comparison doesn't show."""
+    return replace(report, settings={}, pictures=(), findings=(), zeros=(), examples=())
 
 
 def _labels(reports: Mapping[str, Report]) -> list[str]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -17,6 +19,8 @@ from slimfuse.report.rows import Picture
 MAX_CELLS = 256
 """A heatmap's side above which cells are averaged: a screen shows no more."""
 MAX_POINTS = 512
+MAX_COUNTS = 16
+"""A side of a table of counts above which the numbers would not be legible."""
 _DASHES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (1, 1)), (0, (8, 2)))
 
 
@@ -50,20 +54,25 @@ def _heatmap(data: dict[str, Any], theme: Theme) -> str:
     full = np.asarray(data["matrix"], dtype=np.float64)
     matrix = block_means(full)
     signed = bool(matrix.min() < 0 < matrix.max())
-    reach = float(np.abs(matrix).max())
-    with canvas(4.0, 3.1, theme) as (figure, ax, colours):
+    names = data.get("rows"), data.get("columns")
+    with canvas(4.0, 3.1 if names == (None, None) else 3.8, theme) as (figure, ax, colours):
         image = ax.imshow(
             matrix,
             aspect="auto",
             interpolation="none",  # one cell, one pixel of the embedded picture
             cmap="PuOr" if signed else "viridis",
-            vmin=-reach if signed else None,
-            vmax=reach if signed else None,
+            norm=_norm(matrix, signed, counts=names != (None, None)),
             extent=(-0.5, full.shape[1] - 0.5, full.shape[0] - 0.5, -0.5),
         )
         ax.grid(visible=False)
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        for axis, own in ((ax.yaxis, names[0]), (ax.xaxis, names[1])):
+            axis.set_major_locator(MaxNLocator(6, integer=True))
+            if own is not None and matrix.shape == full.shape:
+                axis.set_ticks(range(len(own)), [words.short(n, 12) for n in own], fontsize=7.5)
+        if names[1] is not None and max(len(str(n)) for n in names[1]) > 2:
+            ax.tick_params(axis="x", rotation=90)
+        if names != (None, None) and max(matrix.shape) <= MAX_COUNTS:
+            _counts(ax, matrix, image)
         ax.set_xlabel(words.short(data["xlabel"], 48), parse_math=False)
         ax.set_ylabel(words.short(data["ylabel"], 36), parse_math=False)
         bar = figure.colorbar(image, ax=ax, pad=0.02, aspect=28)
@@ -74,6 +83,24 @@ def _heatmap(data: dict[str, Any], theme: Theme) -> str:
             steps = tuple(-(-n // MAX_CELLS) for n in full.shape)
             _aside(ax, f"each cell: mean of a {steps[0]} × {steps[1]} block", colours)
         return to_svg(figure)
+
+
+def _norm(matrix: NDArray[np.float64], signed: bool, *, counts: bool) -> Normalize:
+    reach = float(np.abs(matrix).max())
+    if signed:
+        return Normalize(-reach, reach)
+    # few of many must be seen: of counts the colour follows the root
+    return PowerNorm(0.4, 0.0, reach or 1.0) if counts else Normalize(matrix.min(), matrix.max())
+
+
+def _counts(ax: Axes, matrix: NDArray[np.float64], image: AxesImage) -> None:
+    colours = np.asarray(image.cmap(image.norm(matrix)))
+    for (row, column), value in np.ndenumerate(matrix):
+        if value:
+            red, green, blue = colours[row, column, :3]
+            dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
+            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6.5,
+                    color="#fefefe" if dark else "#010101")  # fmt: skip
 
 
 def _lines(data: dict[str, Any], theme: Theme) -> str:

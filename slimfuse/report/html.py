@@ -38,6 +38,8 @@ def render_html(report: Report) -> str:
         unplotted=_unplotted(report),
         speedups=_speedups(report),
         groups=_groups(report),
+        pictured=any(one.image for one in report.examples),
+        texted=any(one.text for one in report.examples),
         tree=tree(report.settings),
         passed=sum(gate.passed for gate in report.gates),
         environment=sorted(report.environment.items()),
