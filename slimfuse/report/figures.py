@@ -131,6 +131,8 @@ def _lines(data: dict[str, Any], theme: Theme) -> str:
                 text.set_parse_math(False)
         ax.set_xlabel(words.short(data["xlabel"], 48), parse_math=False)
         ax.set_ylabel(words.short(data["ylabel"], 36), parse_math=False)
+        if all(float(x).is_integer() for _, line in series for x in line["x"]):
+            ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         if thinned > 1:
             _aside(ax, f"each point: mean of up to {thinned}", colours)
         return to_svg(figure)

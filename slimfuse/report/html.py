@@ -13,7 +13,7 @@ from slimfuse.report import words
 from slimfuse.report.facts import facts
 from slimfuse.report.panels import Drawn, drawn_picture, quality_plots, spent
 from slimfuse.report.pareto import of_the_shape
-from slimfuse.report.rows import Finding, Picture, Report, Speedup
+from slimfuse.report.rows import Finding, Report, Speedup
 from slimfuse.report.scatter import plottable
 from slimfuse.report.verdict import headline, primary_metric, reference, verdict
 
@@ -98,9 +98,12 @@ def _text(name: str) -> str:
 
 
 def _groups(report: Report) -> list[tuple[str, list[Finding], list[Drawn]]]:
-    """Return tables and pictures by group: those with tables first, in the order they came."""
-    every: tuple[Finding | Picture, ...] = (*report.findings, *report.pictures)
-    names = dict.fromkeys(one.group for one in every)
+    """Return tables and pictures by group: those without pictures first, in the order they came."""
+    pictured = dict.fromkeys(picture.group for picture in report.pictures)
+    names = [
+        name for name in dict.fromkeys(f.group for f in report.findings) if name not in pictured
+    ]
+    names += pictured
     return [
         (
             name,

@@ -9,7 +9,9 @@ import numpy as np
 
 from slimfuse.report import (
     Candidate,
+    Example,
     Figure,
+    Finding,
     GateResult,
     Latency,
     Picture,
@@ -181,6 +183,27 @@ def quick_report(**changes: object) -> Report:
     )
     speedups = tuple(s for s in fake_report().speedups if (s.threads, s.batch) == (2, 1))
     return fake_report(**{"rows": rows, "speedups": speedups, "pictures": 0, **changes})  # type: ignore[arg-type]
+
+
+def fake_finding() -> Finding:
+    return Finding(
+        "Errors of the parent and of the child", "10 000 test samples.",
+        ("samples", "child right", "child wrong"), (("parent right", "8 700", "142"),),
+        "The child errs on 1 209 samples.", "errors",
+    )  # fmt: skip
+
+
+def fake_example() -> Example:
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5E"
+    pixel += "rkJggg=="
+    return Example(
+        17,
+        "boot",
+        "boot (97%)",
+        "sandal (61%)",
+        "new error",
+        image=f"data:image/png;base64,{pixel}",
+    )
 
 
 def fake_sweep() -> SweepReport:
