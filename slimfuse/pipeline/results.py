@@ -9,6 +9,7 @@ from typing import Any
 from slimfuse.pipeline import protecting
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.fusion_record import load_fusion
+from slimfuse.pipeline.mistakes import mistakes
 from slimfuse.pipeline.pictures import pictures
 from slimfuse.pipeline.planning import Plan
 from slimfuse.pipeline.sparse import Sparse
@@ -70,6 +71,7 @@ def make_report(m: Measurements) -> Report:
     )  # fmt: skip
     rows = tuple(_rows(m, bench["latencies"]))
     child = m.plan.models[-1]
+    wrong, tables, examples = mistakes(m.job, best_parent(m), m.evidence)
     return Report(
         name=m.job.recipe.name,
         recipe_path=str(m.job.path) if not m.job.path.is_absolute() else m.job.path.name,
@@ -87,6 +89,7 @@ def make_report(m: Measurements) -> Report:
                 m.evidence,
             )
         )
+        + tuple(wrong)
         + (tuple(sparse_pictures(m.sparse)) if m.sparse is not None else ()),
         settings=m.lock,
         environment=bench["environment"] | {
@@ -97,7 +100,8 @@ def make_report(m: Measurements) -> Report:
         metric=m.job.task.metric.key,
         zeros=layers(m.sparse.child) if m.sparse is not None else (),
         sizes=m.files.sizes if m.files is not None else (),
-        findings=(*protecting.findings(m.finetuned), *m.why),
+        findings=(*protecting.findings(m.finetuned), *m.why, *tables),
+        examples=examples,
         tried=m.tried,
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ from slimfuse.pipeline.sparse import check_zeros
 from slimfuse.processes import assemble
 from slimfuse.progress import working
 from slimfuse.recipe import Located, NetRecipe, Recipe, load_located
-from slimfuse.report import Report, render_html, to_json
+from slimfuse.report import Report, fragment, render_html, to_json
 from slimfuse.store import LOCK, RESULTS, Stage, Store, write_text
 
 
@@ -42,6 +42,10 @@ class Run:
     def passed(self) -> bool:
         """Whether every gate of the recipe holds."""
         return all(gate.passed for gate in self.report.gates)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of the run, see `Report`."""
+        return fragment(self.report, str(self.folder / "report.html"))
 
 
 def plan(recipe: str | Path, *, overrides: tuple[str, ...] = (), outline: bool = False) -> Plan:

@@ -1,9 +1,14 @@
 """What a run measured, and how it is shown: JSON, one HTML page, a table in the terminal."""
 
-from slimfuse.report.figures import accuracy_latency, draw
+from slimfuse.report.compare import RunsReport
+from slimfuse.report.compare_page import render_runs
+from slimfuse.report.figures import draw
+from slimfuse.report.folders import compare_runs, load, redraw
 from slimfuse.report.html import render_html
+from slimfuse.report.notebook import fragment
 from slimfuse.report.rows import (
     STAGES,
+    Example,
     Figure,
     FileSize,
     Finding,
@@ -19,14 +24,16 @@ from slimfuse.report.rows import (
     from_json,
     to_json,
 )
+from slimfuse.report.scatter import accuracy_latency
 from slimfuse.report.sweep_page import render_sweep, sweep_table
 from slimfuse.report.sweep_rows import Candidate, Search, SweepReport, Trial
-from slimfuse.report.table import console_table, finding_table
+from slimfuse.report.table import console_table, finding_table, runs_table
 from slimfuse.report.verdict import verdict
 
 __all__ = [
     "STAGES",
     "Candidate",
+    "Example",
     "Figure",
     "FileSize",
     "Finding",
@@ -36,6 +43,7 @@ __all__ = [
     "Picture",
     "Report",
     "Row",
+    "RunsReport",
     "Search",
     "Speedup",
     "Stage",
@@ -43,12 +51,18 @@ __all__ = [
     "Trial",
     "Tried",
     "accuracy_latency",
+    "compare_runs",
     "console_table",
     "draw",
     "finding_table",
+    "fragment",
     "from_json",
+    "load",
+    "redraw",
     "render_html",
+    "render_runs",
     "render_sweep",
+    "runs_table",
     "sweep_table",
     "to_json",
     "verdict",

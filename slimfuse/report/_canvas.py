@@ -91,3 +91,14 @@ def to_svg(figure: Canvas) -> str:
     svg = svg[svg.index("<svg") :]  # the prologue points to a DTD on the network
     svg = re.sub(r'\bd="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)
     return re.sub(r">\s+<", "><", svg).strip()
+
+
+def darkened(svg: str) -> str:
+    """Return a light <svg> in the colours of the dark theme: drawing it again costs seconds."""
+    pairs = dict(zip(_colours("light"), _colours("dark"), strict=True))
+    return re.sub("|".join(pairs), lambda m: pairs[m[0]], svg)
+
+
+def _colours(theme: Theme) -> tuple[str, ...]:
+    own = PALETTES[theme]
+    return (own.ink, own.muted, own.grid, own.ground, *own.hues)

@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-import base64
-import re
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from itertools import groupby
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from slimfuse.report import words
-from slimfuse.report._canvas import Theme
-from slimfuse.report.figures import accuracy_latency, draw, plottable
-from slimfuse.report.rows import Picture, Report, Speedup
+from slimfuse.report.facts import facts
+from slimfuse.report.panels import Drawn, drawn_picture, quality_plots, spent
+from slimfuse.report.pareto import of_the_shape
+from slimfuse.report.rows import Finding, Report, Speedup
+from slimfuse.report.scatter import plottable
 from slimfuse.report.verdict import headline, primary_metric, reference, verdict
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture in both themes, as data URIs, with its size in CSS pixels."""
-
-    title: str
-    caption: str
-    alt: str
-    light: str
-    dark: str
-    width: int
-    height: int
 
 
 def render_html(report: Report) -> str:
     """Return the report as one self-contained page; every text of the user is escaped."""
-    plots = _plots(report)
+    plots = quality_plots(report)
     return page(
         "template.html.j2",
         report=report,
+        title=report.name,
         kind="report",
         measured_in="run",
         clauses=verdict(report).split(" · "),
+        facts=facts(report),
+        spent=spent(report),
         base=reference(report),
         metrics=words.metric_order(report.rows, report.metric),
         conditions=report.conditions,
@@ -49,8 +37,9 @@ def render_html(report: Report) -> str:
         more_plots=plots[1:],
         unplotted=_unplotted(report),
         speedups=_speedups(report),
-        groups=_groups(report.pictures),
-        found=[(g, list(f)) for g, f in groupby(report.findings, key=lambda f: f.group)],
+        groups=_groups(report),
+        pictured=any(one.image for one in report.examples),
+        texted=any(one.text for one in report.examples),
         tree=tree(report.settings),
         passed=sum(gate.passed for gate in report.gates),
         environment=sorted(report.environment.items()),
@@ -88,7 +77,12 @@ def _scalar(value: Any) -> str:
 def page(name: str, **values: Any) -> str:
     """Return a template of this folder with its values; texts are escaped, the style is inside."""
     style = Markup(_text("style.css"))  # noqa: S704  # our own file, no user's text
-    return _environment().get_template(name).render(words=words, style=style, **values)
+    return filled(name, words=words, style=style, **values)
+
+
+def filled(name: str, **values: Any) -> str:
+    """Return a template of this folder with its values; texts are escaped."""
+    return _environment().get_template(name).render(**values)
 
 
 @cache
@@ -103,36 +97,20 @@ def _text(name: str) -> str:
     return resources.files("slimfuse.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def drawn(title: str, caption: str, alt: str, svgs: dict[Theme, str]) -> Drawn:
-    """Return a picture for a page, from its <svg> in both themes."""
-    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svgs["light"])
-    assert box is not None
-    uris = {
-        theme: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-        for theme, svg in svgs.items()
-    }
-    width, height = (round(float(points) * 96 / 72) for points in box.groups())
-    return Drawn(title, caption, alt, uris["light"], uris["dark"], width, height)
-
-
-def _groups(pictures: tuple[Picture, ...]) -> list[tuple[str, list[Drawn]]]:
-    """Return the pictures by group, in the order the groups came."""
-    seen = list(dict.fromkeys(p.group for p in pictures))
-    ordered = sorted(pictures, key=lambda p: seen.index(p.group))
+def _groups(report: Report) -> list[tuple[str, list[Finding], list[Drawn]]]:
+    """Return tables and pictures by group: those without pictures first, in the order they came."""
+    pictured = dict.fromkeys(picture.group for picture in report.pictures)
+    names = [
+        name for name in dict.fromkeys(f.group for f in report.findings) if name not in pictured
+    ]
+    names += pictured
     return [
         (
-            group,
-            [
-                drawn(
-                    p.title,
-                    p.caption,
-                    p.alt or f"{p.kind}: {p.title}",
-                    {"light": draw(p, "light"), "dark": draw(p, "dark")},
-                )
-                for p in members
-            ],
+            name,
+            [table for table in report.findings if table.group == name],
+            [drawn_picture(picture) for picture in report.pictures if picture.group == name],
         )
-        for group, members in groupby(ordered, key=lambda p: p.group)
+        for name in names
     ]
 
 
@@ -144,40 +122,10 @@ def _speedups(report: Report) -> dict[tuple[str, str], dict[tuple[int, int], Spe
     return out
 
 
-def _plots(report: Report) -> list[Drawn]:
-    """Return the accuracy-against-latency plots, the headline's conditions first."""
-    metric, first = primary_metric(report), headline(report)
-    if metric is None:
-        return []
-    better = "Down" if words.lower_is_better(metric) else "Up"
-    out = []
-    for threads, batch in sorted(report.conditions, key=lambda c: c != first):
-        points = plottable(report.rows, threads, batch, metric)
-        if not points:
-            continue
-        where = words.condition(threads, batch)
-        seen = "; ".join(
-            f"{row.name} {words.measured(metric, shown)} at {words.number(x.p50_ms)} ms"
-            for row, shown, x in points
-        )
-        out.append(
-            drawn(
-                f"{metric.capitalize()} against latency, {where}",
-                f"{better} and to the left is better. The upright bar is the 95 % interval of "
-                f"{metric}, the level one runs from the p50 to the p90 latency.",
-                f"Scatter plot of {metric} against p50 latency at {where}: {seen}.",
-                {
-                    theme: accuracy_latency(report.rows, threads, batch, metric=metric, theme=theme)
-                    for theme in ("light", "dark")
-                },
-            )
-        )
-    return out
-
-
 def _unplotted(report: Report) -> list[str]:
     metric, at = primary_metric(report), headline(report)
     if metric is None or at is None:
         return []
     shown = {row.name for row, _, _ in plottable(report.rows, *at, metric)}
+    shown |= {row.name for row in of_the_shape(report, *at)}
     return [row.name for row in report.rows if row.name not in shown]

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from slimfuse.errors import SlimfuseError, UserError
+from slimfuse.report._picture import picture_gaps
 from slimfuse.report._wire import decode, not_finite, plain
 
+T = TypeVar("T")
 SCHEMA = "slimfuse.report/1"
 """Raised by one whenever a key changes its meaning or goes away."""
 
 Stage = Literal["parent", "fused", "finetuned", "sparse", "onnx", "onnx-int8", "baseline"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+Change = Literal["new error", "mended", "both wrong"]
+PNG = "data:image/png;base64,"
 PictureKind = Literal["heatmap", "lines", "bars"]
 
 
@@ -148,7 +152,8 @@ class Picture:
     """One picture as data, drawn later by `figures.draw`.
 
     caption: what to conclude from it. alt: what is to be seen, for who can't see it.
-    data: heatmap {"matrix" (rows, columns), "xlabel", "ylabel"};
+    data: heatmap {"matrix" (rows, columns), "xlabel", "ylabel"}, with the names of its "rows" and
+        "columns" a table of counts;
         lines {"series": {name: {"x", "y"}}, "xlabel", "ylabel"};
         bars {"labels", "values", "ylabel"}. Arrays are turned into lists.
     group: the heading it stands under.
@@ -165,11 +170,35 @@ class Picture:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", plain(self.data))
-        gaps = list(_picture_gaps(self.kind, self.data))
+        gaps = list(picture_gaps(self.kind, self.data))
         if gaps:
             raise SlimfuseError(
                 "a picture's data don't fit its kind", where=self.title, got="; ".join(gaps)
             )
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test sample that the best parent, the child or both get wrong.
+
+    sample: its number in the test set; before, after: what the parent and the child say of it, with
+    their probability; text: its beginning; image: a small PNG as a data URI, "" for neither.
+
+    Raises: SlimfuseError when the image is none, so that a page never loads anything.
+    """
+
+    sample: int
+    label: str
+    before: str
+    after: str
+    kind: Change
+    text: str = ""
+    image: str = ""
+
+    def __post_init__(self) -> None:
+        if self.image and not self.image.startswith(PNG):
+            raise SlimfuseError("an example's image is no PNG inside the report", where=self.label,
+                                got=self.image[:40], allowed=f"{PNG}…")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -206,7 +235,7 @@ class Report:
 
     settings: the recipe lock. timings: seconds per stage of the run. metric: the one to lead with,
     "" for the first by name. zeros, sizes: the layers of a sparse child, and its files. findings:
-    tables of diagnostics, by group. tried: for the ONNX files.
+    tables of diagnostics, by group. tried: for the ONNX files. examples: errors before and after.
 
     Raises: SlimfuseError when two rows share a name or a speed-up names no row.
     """
@@ -228,6 +257,7 @@ class Report:
     sizes: tuple[FileSize, ...] = ()
     findings: tuple[Finding, ...] = ()
     tried: tuple[Tried, ...] = ()
+    examples: tuple[Example, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", plain(self.settings))
@@ -251,6 +281,12 @@ class Report:
     def conditions(self) -> tuple[tuple[int, int], ...]:
         """Every (threads, batch) a latency was measured under, ordered by batch, then threads."""
         return _ordered({(x.threads, x.batch) for row in self.rows for x in row.latency})
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the verdict and every row, compact and self-contained."""
+        from slimfuse.report.notebook import fragment
+
+        return fragment(self)
 
     @property
     def sparsity(self) -> float | None:
@@ -294,25 +330,35 @@ def from_json(text: str) -> Report:
 
     Raises: UserError when it is no report of this schema; every gap is named with its path.
     """
+    return decoded(text, Report, SCHEMA)
+
+
+def decoded(text: str, kind: type[T], schema: str) -> T:
+    """Return the record that `to_json` wrote under a schema; raises as `from_json`."""
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError("this is not JSON", where=where, got=error.msg) from error
-    schema = data.pop("schema", None) if isinstance(data, dict) else None
-    if schema != SCHEMA:
+    except RecursionError as error:
+        raise UserError("this is no report", got="lists within lists without end") from error
+    got = data.pop("schema", None) if isinstance(data, dict) else None
+    if got != schema:
         raise UserError(
             "this is not a slimfuse report of a schema this version reads",
-            got=schema,
-            allowed=SCHEMA,
+            got=got,
+            allowed=schema,
             hint="run `slimfuse report` of the version that wrote it, or repeat the run",
         )
     gaps: list[str] = []
-    report = decode(Report, data, "report", gaps)
+    try:
+        record = decode(kind, data, "report", gaps)
+    except SlimfuseError as error:  # its parts are there, but don't fit each other
+        raise UserError("the report is damaged", got=error.got, allowed=error.allowed) from error
     if gaps:
         raise UserError("the report is damaged", got="; ".join(gaps))
-    assert isinstance(report, Report)
-    return report
+    assert isinstance(record, kind)
+    return record
 
 
 def _ordered(conditions: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -321,27 +367,3 @@ def _ordered(conditions: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 def _refuse_constant(word: str) -> None:
     raise UserError("a report holds only finite figures", got=word)
-
-
-def _picture_gaps(kind: str, data: dict[str, Any]) -> list[str]:
-    wanted = {
-        "heatmap": ("matrix", "xlabel", "ylabel"),
-        "lines": ("series", "xlabel", "ylabel"),
-        "bars": ("labels", "values", "ylabel"),
-    }.get(kind)
-    if wanted is None:
-        return [f"kind {kind!r}; known: heatmap, lines, bars"]
-    gaps = [f"{key!r} is missing or empty" for key in wanted if data.get(key) in (None, [], {})]
-    if gaps:
-        return gaps
-    if kind == "heatmap":
-        widths = {len(line) if isinstance(line, list) else 0 for line in data["matrix"]}
-        return ["'matrix' is not a 2-D list"] if len(widths) > 1 or 0 in widths else []
-    if kind == "bars":
-        n, m = len(data["labels"]), len(data["values"])
-        return [f"{n} labels, {m} values"] if n != m else []
-    for name, line in data["series"].items():
-        n, m = len(line.get("x", ())), len(line.get("y", ()))
-        if n != m or n == 0:
-            gaps.append(f"series {name!r}: {n} x, {m} y")
-    return gaps

@@ -7,13 +7,11 @@ from rich.table import Table
 from rich.text import Text
 
 from slimfuse.report import words
-from slimfuse.report._canvas import Theme
-from slimfuse.report.figures import accuracy_latency, accuracy_size
-from slimfuse.report.html import Drawn, drawn, page
+from slimfuse.report.html import page
+from slimfuse.report.panels import Drawn, drawn
 from slimfuse.report.rows import Row
+from slimfuse.report.scatter import accuracy_latency, accuracy_size
 from slimfuse.report.sweep_rows import Candidate, SweepReport
-
-THEMES: tuple[Theme, ...] = ("light", "dark")
 
 
 def render_sweep(report: SweepReport) -> str:
@@ -22,6 +20,7 @@ def render_sweep(report: SweepReport) -> str:
     return page(
         "sweep.html.j2",
         report=report,
+        title=report.name,
         kind="sweep",
         measured_in="sweep",
         where=words.condition(report.threads, report.batch),
@@ -46,30 +45,31 @@ def _plots(report: SweepReport) -> list[Drawn]:
     bars = f"The upright bar is the 95 % interval of {metric}"
     tied = "The dashed line ties the candidates that no other one beats (the Pareto front)"
     small = "; small marks without a name are baselines, at the latency of their candidate's shape"
-    by_time = {
-        theme: accuracy_latency(
-            points, report.threads, report.batch, metric=metric, theme=theme, front=front,
-            unnamed=unnamed,
+
+    by_time = [
+        accuracy_latency(
+            points, report.threads, report.batch, metric=metric, front=front, unnamed=unnamed,
+            narrow=narrow,
         )
-        for theme in THEMES
-    }  # fmt: skip
-    by_size = {
-        theme: accuracy_size(points, metric=metric, theme=theme, front=front, unnamed=unnamed)
-        for theme in THEMES
-    }
+        for narrow in (False, True)
+    ]  # fmt: skip
+    by_size = [
+        accuracy_size(points, metric=metric, front=front, unnamed=unnamed, narrow=narrow)
+        for narrow in (False, True)
+    ]
     return [
         drawn(
             f"{metric.capitalize()} against latency, {where}",
             f"{better.capitalize()} and to the left is better. {bars}, the level one runs from the "
             f"p50 to the p90 latency. {tied}{small if unnamed else ''}.",
             f"Scatter plot of {metric} against p50 latency at {where}: {_seen(report, 'time')}.",
-            by_time,
+            *by_time,
         ),
         drawn(
             f"{metric.capitalize()} against size",
             f"{better.capitalize()} and to the left is better. {bars}. {tied}.",
             f"Scatter plot of {metric} against parameters: {_seen(report, 'size')}.",
-            by_size,
+            *by_size,
         ),
     ]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from slimfuse.report.rows import GateResult, Row, Speedup
+from slimfuse.errors import SlimfuseError
+from slimfuse.report.rows import GateResult, Row, Speedup, decoded
 
 SCHEMA = "slimfuse.sweep/1"
 """Raised by one whenever a key changes its meaning or goes away."""
@@ -79,6 +80,8 @@ class SweepReport:
     parents: those of the candidates, each once; base: the best of them, which speed-ups refer to;
     ratios: between candidates, by name; picked: the candidate that is taken, "" for none; nearest:
     the one nearest to the gates where none holds; timings: seconds of each stage, made once.
+
+    Raises: SlimfuseError when the base is no parent, or a model has no figure of the metric.
     """
 
     name: str
@@ -100,6 +103,25 @@ class SweepReport:
     environment: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        gaps = [f"{self.base!r} is no parent"] * all(row.name != self.base for row in self.parents)
+        for one in self.candidates:
+            if all(row.name != DEPLOYED for row in one.rows):
+                gaps.append(f"{one.name!r} has no row {DEPLOYED!r}")
+        judged = [
+            *self.parents,
+            *(r for c in self.candidates for r in c.rows if r.name == DEPLOYED),
+        ]
+        gaps += [
+            f"{row.name!r} has no {self.metric}" for row in judged if self.metric not in row.metrics
+        ]
+        if gaps or not self.candidates:
+            raise SlimfuseError(
+                "a sweep's parts don't fit together",
+                where=self.name,
+                got="; ".join(gaps) or "no candidate",
+            )
+
     @property
     def passed(self) -> bool:
         """Whether some candidate passes all gates, where there are any."""
@@ -114,16 +136,22 @@ class SweepReport:
         found = list(self.parents)
         for candidate in self.candidates:
             row = candidate.row
-            found.append(_named(row, candidate.name))
+            found.append(named(row, candidate.name))
             found += [
-                _named(other, f"{candidate.name}: {other.name}", row)
+                named(other, f"{candidate.name}: {other.name}", row)
                 for other in candidate.rows
                 if other.stage == "baseline" and other.name != "anchor"
             ]
         return tuple(found)
 
 
-def _named(row: Row, name: str, timed: Row | None = None) -> Row:
+def sweep_from_json(text: str) -> SweepReport:
+    """Return the sweep's figures that `to_json` wrote; raises UserError as `from_json`."""
+    return decoded(text, SweepReport, SCHEMA)
+
+
+def named(row: Row, name: str, timed: Row | None = None) -> Row:
+    """Return a row under another name, with the latency of the row `timed` where one is given."""
     latency = row.latency if timed is None else timed.latency
     return Row(
         name, row.stage, row.metrics, row.params, row.flops, row.bytes, latency, None, row.note

@@ -1,14 +1,41 @@
-"""The last thing a run prints: its rows as a table for the terminal."""
+"""Tables for the terminal: a run's rows, several runs, and diagnostics."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from slimfuse.report import words
-from slimfuse.report.rows import Finding, Report, Row
+from slimfuse.report.compare import RunsReport, lines
+from slimfuse.report.rows import Finding, Latency, Report, Row, Speedup
 from slimfuse.report.verdict import headline, primary_metric, reference, speedup_of
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table's texts: its columns, its rows, and the conditions of its figures."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    conditions: str
+
+
+def _plain(title: str, conditions: str, width: int | None) -> Table:
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left")
+    table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
+    if width is not None and width < 100:
+        table.padding = (0, 0)
+    table.caption, table.caption_justify = Text(conditions), "left"
+    return table
+
+
+def _filled(table: Table, found: Cells) -> Table:
+    for cells in found.rows:
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def console_table(report: Report, *, width: int | None = None) -> Table:
@@ -18,30 +45,59 @@ def console_table(report: Report, *, width: int | None = None) -> Table:
 
     Every cell is a `Text`: a name such as "[bold]" is shown, never read as markup.
     """
-    metric, base, at = primary_metric(report), reference(report), headline(report)
-    table = Table(title=Text(report.name), box=box.SIMPLE_HEAD, title_justify="left")
-    table.pad_edge, table.show_edge = False, False
-    table.collapse_padding = True
-    if width is not None and width < 100:
-        table.padding = (0, 0)
-    table.caption = Text(_conditions(report))
-    table.caption_justify = "left"
-    table.add_column(Text("model"), overflow="fold", min_width=8)
-    table.add_column(Text("stage"), no_wrap=True)
+    found = run_cells(report)
+    table = _plain(report.name, found.conditions, width)
+    table.add_column(Text(found.columns[0]), overflow="fold", min_width=8)
+    table.add_column(Text(found.columns[1]), no_wrap=True)
     # this and the last break at their blanks on a narrow terminal: no figure is cut
-    table.add_column(Text(_heading(report, metric)), justify="right", min_width=10)
-    for name in ("params", "size"):
+    table.add_column(Text(found.columns[2]), justify="right", min_width=10)
+    for name in found.columns[3:-1]:
         table.add_column(Text(name), justify="right", no_wrap=True)
-    for threads, batch in report.conditions:
-        table.add_column(Text(f"p50\nb{batch} t{threads}"), justify="right", no_wrap=True)
-    table.add_column(Text("speed-up"), justify="right", min_width=9)
+    table.add_column(Text(found.columns[-1]), justify="right", min_width=9)
+    return _filled(table, found)
+
+
+def run_cells(report: Report) -> Cells:
+    """Return one line per row of a run: its quality, size, p50 latencies and speed-up."""
+    metric, base, at = primary_metric(report), reference(report), headline(report)
+    timed = [f"p50\nb{batch} t{threads}" for threads, batch in report.conditions]
+    columns = ["model", "stage", _heading(report, metric), "params", "size", *timed, "speed-up"]
+    rows = []
     for row in report.rows:
         cells = [row.name, row.stage, _quality(row, metric)]
         cells += [words.count(row.params), words.size(row.bytes)]
-        cells += [_p50(row, threads, batch) for threads, batch in report.conditions]
-        cells.append(_speedup(report, row, base, at))
-        table.add_row(*[Text(cell) for cell in cells])
-    return table
+        cells += [_p50(row.at(threads, batch)) for threads, batch in report.conditions]
+        rows.append([*cells, _speedup(report, row, base, at)])
+    return Cells(columns, rows, _conditions(report))
+
+
+def runs_table(report: RunsReport, *, width: int | None = None) -> Table:
+    """Return one line per run: the deployed file's quality, size, p50 latency and speed-up.
+
+    width: see `console_table`.
+    """
+    found = runs_cells(report)
+    table = _plain(f"{len(report.runs)} runs", found.conditions, width)
+    table.add_column(Text(found.columns[0]), overflow="fold", min_width=8)
+    for name in found.columns[1:]:
+        table.add_column(Text(name), justify="right", min_width=9 if name == "speed-up" else None)
+    return _filled(table, found)
+
+
+def runs_cells(report: RunsReport) -> Cells:
+    """Return one line per run: the deployed file's quality, size, p50 latency and speed-up."""
+    where = f" at {words.condition(*report.at)}" if report.at and not report.latency else ""
+    rows = []
+    for one in lines(report):
+        row, speed = one.row, one.speedup
+        cells = [one.run.name, _quality(row, one.metric), words.count(row.params)]
+        cells += [words.size(row.bytes), _p50(one.latency), _ratio(speed) if speed else "–"]
+        rows.append([*cells, "–" if one.int8 is None else _quality(one.int8, one.metric)])
+    return Cells(
+        ["run", "quality", "params", "size", "p50", "speed-up", "INT8"],
+        rows,
+        f"± half of the 95 % interval · p50 in ms{where} · speed-up over a run's own best parent",
+    )
 
 
 def finding_table(finding: Finding) -> Table:
@@ -70,20 +126,19 @@ def _quality(row: Row, metric: str | None) -> str:
     return words.plus_minus(metric, row.metrics[metric])
 
 
-def _p50(row: Row, threads: int, batch: int) -> str:
-    latency = row.at(threads, batch)
-    if latency is None:
-        return "–"
-    return words.number(latency.p50_ms) + ("~" if latency.noisy else "")
+def _p50(latency: Latency | None) -> str:
+    return "–" if latency is None else words.number(latency.p50_ms) + "~" * latency.noisy
+
+
+def _ratio(speedup: Speedup) -> str:
+    return f"{speedup.ratio:.2f}× {speedup.low:.2f}–{speedup.high:.2f}"
 
 
 def _speedup(report: Report, row: Row, base: Row | None, at: tuple[int, int] | None) -> str:
     if row is base:
         return "base"
     found = speedup_of(report, row, at)
-    if found is None:
-        return "–"
-    return f"{found.ratio:.2f}× {found.low:.2f}–{found.high:.2f}"
+    return _ratio(found) if found is not None else "–"
 
 
 def _conditions(report: Report) -> str:

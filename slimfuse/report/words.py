@@ -88,6 +88,11 @@ def size(value: float) -> str:
     return text if text.endswith("B") else f"{text} B"
 
 
+def whole(value: int) -> str:
+    """Return an integer with its thousands apart: 10 000."""
+    return f"{value:,}".replace(",", " ")
+
+
 def seconds(value: float) -> str:
     """Return a duration: 0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
     if value < 9.95:

@@ -8,13 +8,17 @@ import math
 import numpy as np
 
 from slimfuse.report import (
+    Candidate,
+    Example,
     Figure,
+    Finding,
     GateResult,
     Latency,
     Picture,
     Report,
     Row,
     Speedup,
+    SweepReport,
 )
 
 CONDITIONS = ((1, 1), (2, 1), (1, 8), (2, 8))  # (threads, batch)
@@ -169,3 +173,46 @@ def fake_report(pictures: int | tuple[Picture, ...] = 4, **changes: object) -> R
         warnings=("child-int8.onnx: the machine was noisy while it was timed",),
     )
     return dataclasses.replace(report, **changes)  # type: ignore[arg-type]
+
+
+def quick_report(**changes: object) -> Report:
+    """Return the report with one condition and no pictures: its page draws in a second or two."""
+    rows = tuple(
+        dataclasses.replace(row, latency=tuple(x for x in [row.at(2, 1)] if x is not None))
+        for row in fake_rows()
+    )
+    speedups = tuple(s for s in fake_report().speedups if (s.threads, s.batch) == (2, 1))
+    return fake_report(**{"rows": rows, "speedups": speedups, "pictures": 0, **changes})  # type: ignore[arg-type]
+
+
+def fake_finding() -> Finding:
+    return Finding(
+        "Errors of the parent and of the child", "10 000 test samples.",
+        ("samples", "child right", "child wrong"), (("parent right", "8 700", "142"),),
+        "The child errs on 1 209 samples.", "errors",
+    )  # fmt: skip
+
+
+def fake_example() -> Example:
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5E"
+    pixel += "rkJggg=="
+    return Example(
+        17,
+        "boot",
+        "boot (97%)",
+        "sandal (61%)",
+        "new error",
+        image=f"data:image/png;base64,{pixel}",
+    )
+
+
+def fake_sweep() -> SweepReport:
+    parent, *_ = fake_rows()
+    child = dataclasses.replace(fake_rows()[4], name="onnx")
+    speedup = Speedup("vit-a", "onnx", 2, 1, 2.0, 1.9, 2.1)
+    made = (Candidate("half", "candidates/half", ("target.hidden_size=0.5",), "64 wide",
+                      (child, fake_rows()[6]), (), speedup, True),)  # fmt: skip
+    return SweepReport(
+        "sweep", "r.yaml", "slimfuse sweep r.yaml", "1 candidate", "accuracy", 2, 1,
+        (parent,), "vit-a", made, "half", "the only candidate",
+    )  # fmt: skip

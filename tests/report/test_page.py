@@ -7,11 +7,21 @@ import dataclasses
 import re
 from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from report.fakes import CONDITIONS, fake_pictures, fake_report, fake_rows
+from report.fakes import (
+    CONDITIONS,
+    fake_example,
+    fake_finding,
+    fake_pictures,
+    fake_report,
+    fake_rows,
+    quick_report,
+)
 
+from slimfuse.errors import SlimfuseError
 from slimfuse.report import (
     GateResult,
     Picture,
@@ -96,7 +106,10 @@ def test_page_is_accessible(html: str) -> None:
     assert {p.alt for p in fake_report().pictures} <= alts
     assert all(attrs.get("scope") for attrs in page.all("th"))
     assert len(page.all("caption")) == len(page.all("table"))
-    assert len(page.all("source")) == len(page.all("img"))  # each has its dark twin
+    dark = [a for a in page.all("source") if "dark" in (a["media"] or "")]
+    narrow = [a for a in page.all("source") if "max-width" in (a["media"] or "")]
+    assert len(dark) == len(page.all("img")) + len(narrow) // 2  # each has its dark twin
+    assert narrow, "the plots are drawn for phones, too"
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     refs = [attrs["aria-labelledby"] for _, attrs in page.tags if "aria-labelledby" in attrs]
@@ -154,6 +167,29 @@ def test_an_almost_empty_report_still_renders() -> None:
 def test_page_is_the_same_when_read_back_from_json() -> None:
     report = fake_report(pictures=fake_pictures(4)[1:3])
     assert render_html(from_json(to_json(report))) == render_html(report)
+
+
+def test_the_summary_is_the_first_section(html: str) -> None:
+    main = html[html.index('<main id="main"') :]
+    first = Page(main[: main.index("</section>")]).text
+    for part in (
+        verdict(fake_report()), "2 parents", "1.2 M", "3.6× fewer than parent vit-a", "87.9 %",
+        "4.8 MB", "3.20 ms", "2.1× faster than parent vit-a", "2 of 3 gates passed",
+    ):  # fmt: skip
+        assert part in first.replace(" ·", " ·").replace("\n", ""), part
+    assert html.index('class="skip" href="#main"') < html.index("<header")
+    levels = [int(tag[1]) for tag, _ in Page(html).tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in pairwise(levels))
+
+
+def test_errors_are_shown_with_their_samples() -> None:
+    report = quick_report(findings=(fake_finding(),), examples=(fake_example(),))
+    assert from_json(to_json(report)) == report
+    page = Page(render_html(report))
+    assert "sandal (61%)" in page.text and "1 209 samples" in page.text
+    assert {"Sample 17, labelled boot"} <= {img["alt"] for img in page.all("img")}
+    with pytest.raises(SlimfuseError, match="no PNG inside"):
+        dataclasses.replace(fake_example(), image="https://example.org/x.png")
 
 
 def test_twenty_pictures_stay_small() -> None:

@@ -1,0 +1,80 @@
+"""`slimfuse report`: a finished run's page drawn again, or several runs compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from slimfuse.progress import working
+
+COMPARISON = Path("comparison.html")
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="The folder of a finished run or sweep, or its report.json; several runs are "
+            "compared.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="The page (default: report.html in the run's folder; of several comparison.html "
+            "here).",
+        ),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the figures as JSON, too.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Draw the page of a finished run again from its figures, or compare several runs."""
+    from rich.console import Console
+
+    from slimfuse.report import (
+        Report,
+        compare_runs,
+        console_table,
+        load,
+        redraw,
+        render_runs,
+        runs_table,
+        sweep_table,
+        to_json,
+    )
+    from slimfuse.report.compare import SCHEMA as RUNS
+    from slimfuse.report.compare_page import cautions, lead
+    from slimfuse.report.rows import SCHEMA
+    from slimfuse.report.sweep_rows import SCHEMA as SWEEP
+    from slimfuse.store import write_text
+
+    stdout = Console(highlight=False)
+    if len(runs) == 1:
+        found = load(runs[0])
+        with working("drawing the report"):
+            page = redraw(runs[0], out)
+        if figures is not None:
+            write_text(figures, to_json(found, SCHEMA if isinstance(found, Report) else SWEEP))
+        if isinstance(found, Report):
+            stdout.print(console_table(found, width=stdout.width))
+        else:
+            stdout.print(sweep_table(found, width=stdout.width))
+    else:
+        together = compare_runs(runs)
+        page = out or COMPARISON
+        with working("drawing the comparison"):
+            html = render_runs(together)
+        write_text(page, html)
+        if figures is not None:
+            write_text(figures, to_json(together, RUNS))
+        stdout.print(runs_table(together, width=stdout.width))
+        for told in filter(None, (lead(together), *cautions(together))):
+            stdout.print(escape(told), soft_wrap=True)
+    stdout.print(escape(f"report: {page}"), soft_wrap=True)
