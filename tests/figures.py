@@ -90,11 +90,7 @@ def recorded(figure: Figure, record: Path) -> bool:
             number.shows(value) for value in values if number.decimals > 0
         )
     mean, spread = figure.parts
-    shown = any(
-        _is(mean, a) and _is(spread, b)
-        for line in lines
-        for a, b in pairwise(line)
-    )
+    shown = any(_is(mean, a) and _is(spread, b) for line in lines for a, b in pairwise(line))
     return shown and (not pairs or any(mean.shows(m) and spread.shows(s) for m, s in pairs))
 
 
