@@ -15,7 +15,9 @@ from slimfuse.recipe.explain import describe
 PAGE = Path(__file__).with_name("recipes-reference.md")
 HEAD = """# Every key of a recipe
 
-Written by `make docs` from the schema that recipes are checked with; `slimfuse recipe schema` prints it for editors, `slimfuse recipe show RECIPE` a recipe with every default filled in. Unknown keys are errors. **must**: the key has no default.
+Written by `make docs` from the schema that recipes are checked with; `slimfuse recipe schema` \
+prints it for editors, `slimfuse recipe show RECIPE` a recipe with every default filled in. \
+Unknown keys are errors. **must**: the key has no default.
 
 """
 
@@ -23,7 +25,10 @@ Written by `make docs` from the schema that recipes are checked with; `slimfuse 
 def page() -> str:
     """Return the whole page."""
     parts, seen = [HEAD], {}
-    for title, recipe in (("Recipes", Recipe), ("Recipes of plain nets (`family: auto`)", NetRecipe)):
+    for title, recipe in (
+        ("Recipes", Recipe),
+        ("Recipes of plain nets (`family: auto`)", NetRecipe),
+    ):
         schema = recipe.model_json_schema(by_alias=True, mode="validation")
         parts.append(f"## {title}\n\n{recipe.__doc__.splitlines()[0]}\n\n")
         parts += _tables(recipe, schema, schema, "", seen)

@@ -22,6 +22,8 @@ OTHERS = (
     "torchrun",
 )  # fmt: skip
 """What else a page may ask a reader to run."""
+INCOMPLETE = ("MissingParameter", "NoArgsIsHelpError", "BadOptionUsage")
+"""The parser's errors where something is left out."""
 
 
 def commands(block: str) -> Iterator[list[str]]:
@@ -50,7 +52,7 @@ def check(words: list[str], *, whole: bool = True) -> None:
         try:
             _parse(APPS[name], name, arguments)
         except Exception as error:
-            if whole or type(error).__name__ not in ("MissingParameter", "NoArgsIsHelpError"):
+            if whole or type(error).__name__ not in INCOMPLETE:
                 raise
     else:
         assert name in OTHERS, f"{name}: an unknown command in {words}"
