@@ -1,5 +1,6 @@
 # make demo   install, fuse two digit classifiers, print a table and where the report lies
 # make test   install with the test extras, lint, run the suite
+# make docs   install with mkdocs, build the pages into site/
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -11,7 +12,7 @@ SOURCES := slimfuse export tests benchmarks
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
 	bench-distillation bench-sweep bench-processes bench-protect bench-trends bench-deployment \
 	bench-serving bench-spectral-budget bench-mixed-precision \
-	bench-diagnose bench-quality bench-exponents bench-efficiency bench-latency clean
+	bench-diagnose bench-quality bench-exponents bench-efficiency bench-latency docs clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -28,6 +29,12 @@ lint: install-test
 format: install-test
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# into site/, without network; the recipe reference is written anew
+docs: install
+	$(PIP) install -c constraints.txt -e ./export -e '.[docs]'
+	$(BIN)/python docs/reference.py
+	$(BIN)/mkdocs build --strict -q
 
 bench-methods: install
 	$(BIN)/python benchmarks/methods.py
@@ -151,4 +158,4 @@ install-test: .venv/.installed-test
 	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache
