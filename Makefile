@@ -10,7 +10,7 @@ SOURCES := slimfuse export tests benchmarks
 	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
 	bench-distillation bench-sweep bench-processes bench-protect bench-trends bench-deployment \
-	bench-serving bench-spectral-budget clean
+	bench-serving bench-spectral-budget fuzz clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -103,6 +103,9 @@ bench-scale: install
 
 bench-nets: install
 	$(BIN)/python benchmarks/nets.py
+
+fuzz: install
+	$(BIN)/python benchmarks/fuzz.py
 
 bench-digits: install
 	$(BIN)/python benchmarks/digits.py
