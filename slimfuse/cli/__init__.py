@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from slimfuse.cli.diagnose import diagnose
 from slimfuse.cli.recipes import Overrides, RecipePath, recipes
+from slimfuse.cli.reproduce import reproduce
 from slimfuse.errors import SlimfuseError, Terminated, UserError
 from slimfuse.interrupt import terminate
 from slimfuse.processes import Ended, ended_by_sigterm, main_speaks, spoken, take_leave
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes, name="recipe")
 app.command()(diagnose)
+app.command()(reproduce)
 
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder (default runs/NAME).")]
 

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,18 @@ class Tree:
         while loc not in self.places and loc:
             loc = loc[:-1]
         return self.places[loc]
+
+    def below(self, key: str) -> Tree:
+        """Return the mapping that stands at a key as a tree of its own; raises InvalidRecipe."""
+        data = self.data.get(key) if isinstance(self.data, dict) else None
+        if not isinstance(data, dict):
+            raise InvalidRecipe([Problem(self.place((key,)), (key,), "is no mapping")])
+        return Tree(
+            data,
+            {loc[1:]: place for loc, place in self.places.items() if loc[:1] == (key,)},
+            [p if p.loc[:1] != (key,) else replace(p, loc=p.loc[1:]) for p in self.problems],
+            {loc[1:] for loc in self.unreadable if loc[:1] == (key,)},
+        )
 
     def forget(self, loc: Loc) -> None:
         """Drop what is known about a value that is about to be replaced."""
