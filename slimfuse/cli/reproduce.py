@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 
+from slimfuse.cli.output import AsJson, give, screen
+from slimfuse.errors import Exit
 from slimfuse.progress import working
 
 if TYPE_CHECKING:
@@ -29,23 +32,27 @@ def reproduce(
     out: Annotated[
         Path | None, typer.Option("--out", help="The new run's folder (default RUN-reproduced).")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a finished run again from its lock, and compare every figure with the report's."""
     with working("starting"):
         from slimfuse.pipeline import reproduce as make_again
 
     found = make_again(run, overrides=tuple(overrides or ()), out=out)
-    show(found)
+    show(found, screen(as_json))
+    told = {
+        "original": found.original, "folder": found.run.folder, "reproduced": found.reproduced,
+        "exact": found.exact, "figures": found.figures, "conditions": found.conditions,
+    }  # fmt: skip
+    give(told, as_json)
     if not found.reproduced:
-        raise typer.Exit(3)
+        raise typer.Exit(Exit.FAILED)
 
 
-def show(found: Reproduction) -> None:
+def show(found: Reproduction, stdout: Console) -> None:
     """Print every figure then and now, and what else differs."""
-    from rich.console import Console
     from rich.table import Table
 
-    stdout = Console(highlight=False)
     table = Table(title=escape(f"{found.original} made again"))
     for column in ("what", "then", "now", "same"):
         table.add_column(column, justify="left" if column == "what" else "right", overflow="fold")
