@@ -12,7 +12,7 @@ SOURCES := slimfuse export tests benchmarks
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
 	bench-distillation bench-sweep bench-processes bench-protect bench-trends bench-deployment \
 	bench-serving bench-spectral-budget bench-mixed-precision \
-	bench-diagnose bench-quality bench-exponents bench-efficiency bench-latency docs clean
+	bench-diagnose bench-quality bench-exponents bench-efficiency bench-latency docs fuzz clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -129,6 +129,9 @@ bench-scale: install
 
 bench-nets: install
 	$(BIN)/python benchmarks/nets.py
+
+fuzz: install
+	$(BIN)/python benchmarks/fuzz.py
 
 bench-digits: install
 	$(BIN)/python benchmarks/digits.py

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from slimfuse.pipeline import (
         Comparison,
         Diagnosis,
+        Reproduction,
         Run,
         Sweep,
         compare,
         compress,
         diagnose,
         plan,
+        reproduce,
         sparsify,
         sweep,
     )
@@ -26,19 +28,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Comparison", "Diagnosis", "Run", "Sweep", "__version__", "compare", "compress", "diagnose",
-    "plan", "sparsify", "sweep", "verify",
+    "Comparison", "Diagnosis", "Reproduction", "Run", "Sweep", "__version__", "compare",
+    "compress", "diagnose", "plan", "reproduce", "sparsify", "sweep", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "Comparison": "slimfuse.pipeline",
     "Diagnosis": "slimfuse.pipeline",
+    "Reproduction": "slimfuse.pipeline",
     "Run": "slimfuse.pipeline",
     "Sweep": "slimfuse.pipeline",
     "compare": "slimfuse.pipeline",
     "compress": "slimfuse.pipeline",
     "diagnose": "slimfuse.pipeline",
     "plan": "slimfuse.pipeline",
+    "reproduce": "slimfuse.pipeline",
     "sparsify": "slimfuse.pipeline",
     "sweep": "slimfuse.pipeline",
     "verify": "slimfuse.stock",

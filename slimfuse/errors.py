@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """How the command line ends."""
+
+    DONE = 0
+    FAULT = 1
+    BAD_INPUT = 2
+    FAILED = 3
+    INTERRUPTED = 130  # 128 + SIGINT
+    TERMINATED = 143  # 128 + SIGTERM
+
+
+EXIT_CODES = {
+    Exit.DONE: "done",
+    Exit.FAULT: "internal fault",
+    Exit.BAD_INPUT: "bad input or environment",
+    Exit.FAILED: "a check or gate failed",
+    Exit.INTERRUPTED: "interrupted",
+    Exit.TERMINATED: "ended by SIGTERM",
+}
+"""What each says, as `--help` tells it."""
+
 
 class SlimfuseError(Exception):
-    """Base of every error raised on purpose; carries the exit code of the command line.
+    """Base of every error raised on purpose; carries the exit code of the command line."""
 
-    Exit codes: 1 internal fault, 2 bad input or environment, 3 a check or gate failed.
-    """
-
-    exit_code = 1
+    exit_code: int = Exit.FAULT
 
     def __init__(
         self,
@@ -35,7 +56,7 @@ class SlimfuseError(Exception):
 class UserError(SlimfuseError):
     """The input or the machine is at fault, and the user can mend it."""
 
-    exit_code = 2
+    exit_code = Exit.BAD_INPUT
 
 
 class RecipeError(UserError):
@@ -61,7 +82,7 @@ class StorageError(UserError):
 class CheckFailed(SlimfuseError):
     """A measured check (parity, strict load, a gate) did not hold."""
 
-    exit_code = 3
+    exit_code = Exit.FAILED
 
 
 class Terminated(BaseException):
@@ -70,7 +91,7 @@ class Terminated(BaseException):
     Like KeyboardInterrupt no Exception, so that nothing that mends errors takes it for one.
     """
 
-    exit_code = 143
+    exit_code = Exit.TERMINATED
 
 
 def first_line(error: BaseException) -> str:

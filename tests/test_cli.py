@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from tiny_run import recipe, undrawn, write_recipe
 
 from slimfuse import cli, doctor
+from slimfuse.cli.output import recipe_paths
+from slimfuse.errors import EXIT_CODES
 from slimfuse.finetune.schedule import batch_indices
-from slimfuse.pipeline import Run
+from slimfuse.pipeline import Reproduction, Run
+from slimfuse.pipeline.reproduce_figures import Compared
 from slimfuse.recipe import load_recipe
 from slimfuse.stock import Verified
 
@@ -274,3 +280,103 @@ def test_verify_tells_what_it_found(
     monkeypatch.setattr("slimfuse.stock.verify", lambda *_: Verified("ViT", "Pil", 1610, 2e-7))
     code, out, _ = run("verify", tmp_path)
     assert code == 0 and "1,610 parameters" in out
+
+
+def leaves(group: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return every command by its words."""
+    found: dict[str, Any] = {}
+    for name, one in group.commands.items():
+        words = (*path, name)
+        found |= leaves(one, words) if hasattr(one, "commands") else {" ".join(words): one}
+    return found
+
+
+COMMANDS = leaves(typer.main.get_command(cli.app))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_verb_prints_json_where_asked(command: str) -> None:
+    (flag,) = [one for one in COMMANDS[command].params if "--json" in one.opts]
+    assert flag.is_flag and flag.default is False
+
+
+@pytest.mark.parametrize(
+    "words", [("recipe", "check"), ("recipe", "show"), ("recipe", "schema"), ("doctor",), ("plan",)]
+)
+def test_json_is_all_that_stands_on_stdout(
+    run: Callable[..., Ran], tiny_recipe: Path, words: tuple[str, ...]
+) -> None:
+    given = [] if words[-1] in ("schema", "doctor") else [tiny_recipe]
+    code, out, _ = run(*words, *given, "--json")
+    assert code == 0 and json.loads(out)
+
+
+def test_json_of_runs_folders_and_recipes(
+    run: Callable[..., Ran], finished: Run, tiny_recipe: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("slimfuse.pipeline.compress", lambda *_, **__: finished)
+    code, out, err = run("compress", tiny_recipe, "--json")
+    told = json.loads(out)
+    assert code == 0 and told["passed"] and "finetuned" in err
+    assert told["report"] == json.loads((finished.folder / "report.json").read_text())
+
+    (tiny_recipe.parent / "broken.yaml").write_text("version: 2\n")
+    code, out, _ = run("recipe", "list", tiny_recipe.parent, "--json")
+    listed = {Path(one["path"]).name: one for one in json.loads(out)}
+    assert listed["tiny.yaml"]["error"] is None and "version" in listed["broken.yaml"]["error"]
+
+    same = Reproduction(finished.folder, finished, (Compared("a", "1", "2", False),), ())
+    monkeypatch.setattr("slimfuse.pipeline.reproduce", lambda *_, **__: same)
+    code, out, err = run("reproduce", finished.folder, "--json")
+    assert code == 3 and not json.loads(out)["reproduced"] and "does not reproduce" in err
+    code, out, _ = run("reproduce", finished.folder)
+    assert code == 3 and "NO" in out and "must be, too" in out
+
+
+def test_an_error_under_json_is_one_on_stderr(run: Callable[..., Ran], tmp_path: Path) -> None:
+    for words in (("compress", "gone.yaml"), ("reproduce", tmp_path), ("verify", tmp_path)):
+        code, out, err = run(*words, "--json")
+        assert (code, out) == (2, "") and err.count("error:") == 1
+
+
+def test_help_states_the_exit_codes(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = run("--help")
+    text = " ".join(out.split())
+    for code, told in EXIT_CODES.items():
+        assert f"{code.value} {told}" in text
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_verbs_and_recipes(shell: str) -> None:
+    def completed(words: str, number: int) -> str:
+        env = {
+            **os.environ, "_SLIMFUSE_COMPLETE": f"complete_{shell}", "COMP_WORDS": words,
+            "COMP_CWORD": str(number), "_TYPER_COMPLETE_ARGS": words,
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "slimfuse"]
+        root = Path(__file__).parents[1]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=env, check=True, cwd=root
+        )
+        return done.stdout
+
+    verbs = completed("slimfuse re", 1)
+    assert "reproduce" in verbs and "recipe" in verbs and "compress" not in verbs
+    assert "recipes/vit/digits.yaml" in completed("slimfuse compress recipes/vit/d", 2)
+
+
+def test_recipe_paths_are_folders_and_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    for name in ("recipes/a.yaml", "recipes/b.txt", "recipes/.c.yaml", "r.yml"):
+        (tmp_path / name).touch()
+    assert list(recipe_paths("r")) == ["r.yml", "recipes/"]
+    assert list(recipe_paths("recipes/")) == ["recipes/a.yaml"]
+    assert list(recipe_paths("./r")) == ["r.yml", "recipes/"]
+    assert list(recipe_paths("gone/x")) == []

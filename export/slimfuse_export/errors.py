@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """How the command line ends; the same codes as slimfuse's."""
+
+    DONE = 0
+    FAULT = 1
+    BAD_INPUT = 2
+    FAILED = 3
+    INTERRUPTED = 130  # 128 + SIGINT, by click
+
+
+EXIT_CODES = {
+    Exit.DONE: "done",
+    Exit.FAULT: "internal fault",
+    Exit.BAD_INPUT: "bad input or environment",
+    Exit.FAILED: "a check failed",
+    Exit.INTERRUPTED: "interrupted",
+}
+"""What each says, as `--help` tells it."""
+
 
 class ExportError(Exception):
     """The files or the machine are at fault, and the user can mend it.
 
     what: one sentence. where: file, input or option. got, allowed: the offending value and what
     would have been right. hint: the next step. `str()` gives all of them, one a line.
-    `exit_code` is the command line's: 2 bad input, 3 a check failed (1 is an internal fault).
+    `exit_code` is the command line's, see `Exit`.
     """
 
-    exit_code = 2
+    exit_code: Exit = Exit.BAD_INPUT
 
     def __init__(
         self,
@@ -37,4 +59,4 @@ class ExportError(Exception):
 class CheckFailed(ExportError):
     """A measured check (parity, a finished folder) did not hold."""
 
-    exit_code = 3
+    exit_code = Exit.FAILED

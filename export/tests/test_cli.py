@@ -1,14 +1,18 @@
 """The verbs, their exit codes, and one clear message for each fault."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from slimfuse_export import ExportError, __version__
+from slimfuse_export.cli import app as app_of_cli
 from slimfuse_export.cli import main, proving
 from slimfuse_export.cli._words import name_models
+from slimfuse_export.errors import EXIT_CODES
 
 
 @pytest.fixture
@@ -51,19 +55,18 @@ def test_quantize_writes_the_int8_model(run, finished):
 
 
 def test_bench_times_folders_and_files(run, finished, write, tmp_path):
-    report = tmp_path / "bench.json"
-    quick = ("--min-seconds", "0", "--warmup", "1", "--json", report)
+    quick = ("--min-seconds", "0", "--warmup", "1", "--json")
     code, out, err = run("bench", finished, write("[b].onnx"), "--batch", "1,3", *quick)
     assert code == 0
-    assert "as fast as model" in out
-    assert "[b]" in out
+    assert "as fast as model" in err
+    assert "[b]" in err
     assert "1 thread, batch 3" in err
-    written = json.loads(report.read_text())
+    written = json.loads(out)
     names = {row["name"] for row in written["latencies"]}
     assert names == {"model", "model/int8", "[b]"}
     assert len(written["latencies"]) == 6
     assert len(written["ratios"]) == 4
-    assert str(tmp_path) not in report.read_text()
+    assert str(tmp_path) not in out
 
 
 def test_doctor_describes_the_machine(run):
@@ -80,7 +83,7 @@ def test_doctor_describes_the_machine(run):
         (("bench", "none.onnx", "--threads", "two"), "not a list of whole numbers"),
         (("bench", "none.onnx", "--threads", "0"), "threads"),
         (("bench", "none.onnx", "--dim", "length"), "not a dim's size"),
-        (("bench", "none.onnx", "--json", "none/x.json"), "folder to write into"),
+        (("bench", "none.onnx", "--plot", "none/x.svg"), "folder to write into"),
         (("bench", "."), "the folder holds no model"),
         (("chekc",), "No such command"),
         (("check",), "Missing argument"),
@@ -126,3 +129,52 @@ def test_models_are_named_by_as_little_as_tells_them_apart():
     }
     with pytest.raises(ExportError, match="given twice"):
         name_models([a, Path("/runs/b/../a/model/onnx/model.onnx")])
+
+
+def commands():
+    app = typer.main.get_command(app_of_cli)
+    return {name: one for name, one in app.commands.items() if name != "serve"}
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_verb_prints_json_where_asked(name):
+    (flag,) = [one for one in commands()[name].params if "--json" in one.opts]
+    assert flag.is_flag and flag.default is False
+
+
+@pytest.mark.parametrize("words", [("check",), ("inspect",), ("doctor",), ("package",)])
+def test_json_is_all_that_stands_on_stdout(run, finished, tmp_path, words):
+    more = {"doctor": (), "package": (finished, "--format", "zip", "--out", tmp_path / "m.zip")}
+    code, out, err = run(*words, *more.get(words[0], (finished,)), "--json")
+    assert code == 0
+    assert err and json.loads(out)
+    code, plain, err = run(*words, *more.get(words[0], (finished,))[:1])
+    assert not plain.startswith(("{", "["))
+
+
+def test_json_of_a_failed_check_and_of_bad_input(run, finished):
+    (finished / "config.json").unlink()
+    code, out, err = run("check", finished, "--json")
+    assert code == 3 and not json.loads(out)["passed"]
+    assert "1 of 14 checks failed" in err
+    code, out, err = run("check", finished / "none", "--json")
+    assert (code, out) == (2, "") and err.startswith("there is no such folder")
+
+
+def test_help_states_the_exit_codes(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    out = run("--help")[1]
+    for code, told in EXIT_CODES.items():
+        assert f"{code.value} {told}" in out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_verbs(shell):
+    env = {
+        **os.environ, "_SLIMFUSE_EXPORT_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": "slimfuse-export ins", "COMP_CWORD": "1",
+        "_TYPER_COMPLETE_ARGS": "slimfuse-export ins", "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }  # fmt: skip
+    words = [sys.executable, "-m", "slimfuse_export"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=True)
+    assert "inspect" in done.stdout and "quantize" not in done.stdout

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,17 +14,17 @@ import typer
 from rich.markup import escape
 
 from slimfuse.cli.diagnose import diagnose
+from slimfuse.cli.output import EPILOG, AsJson, give, screen
 from slimfuse.cli.recipes import Overrides, RecipePath, recipes
 from slimfuse.cli.report import report
-from slimfuse.errors import SlimfuseError, Terminated, UserError
+from slimfuse.cli.reproduce import reproduce
+from slimfuse.errors import Exit, SlimfuseError, Terminated, UserError
 from slimfuse.interrupt import terminate
 from slimfuse.processes import Ended, ended_by_sigterm, main_speaks, spoken, take_leave
 from slimfuse.progress import console, working
 
 if TYPE_CHECKING:
     from slimfuse.pipeline import Run, Sweep
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="slimfuse",
@@ -31,10 +33,12 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    epilog=EPILOG,
 )
 app.add_typer(recipes, name="recipe")
 app.command()(diagnose)
 app.command()(report)
+app.command()(reproduce)
 
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder (default runs/NAME).")]
 
@@ -49,12 +53,14 @@ def options(
 
 
 @app.command()
-def compress(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
+def compress(
+    recipe: RecipePath, overrides: Overrides = None, out: Out = None, as_json: AsJson = False
+) -> None:
     """Run a recipe: parents in, one narrower model with its report out."""
     with working("starting"):  # torch takes seconds
         from slimfuse.pipeline import compress as run_recipe
 
-    _show(run_recipe(recipe, overrides=tuple(overrides or ()), out=out))
+    _show(run_recipe(recipe, overrides=tuple(overrides or ()), out=out), as_json)
 
 
 @app.command()
@@ -77,6 +83,7 @@ def sparsify(
     out: Annotated[
         Path | None, typer.Option("--out", help="The run folder (default runs/NAME-sparse).")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Prune one parent of a recipe at its own shape: zeros in, the same report and files out."""
     with working("starting"):
@@ -86,16 +93,14 @@ def sparsify(
         recipe, parent=parent, sparsity=sparsity, scorer=scorer, pattern=pattern, steps=steps,
         overrides=tuple(overrides or ()), out=out,
     )  # fmt: skip
-    _show(run)
+    _show(run, as_json)
 
 
-def _show(run: Run) -> None:
+def _show(run: Run, as_json: bool) -> None:
     """Print what a finished run found, and exit with 3 where a gate failed."""
-    from rich.console import Console
+    from slimfuse.report import console_table, to_json
 
-    from slimfuse.report import console_table
-
-    stdout = Console(highlight=False)
+    stdout = screen(as_json)
     stdout.print(console_table(run.report, width=stdout.width))
     for gate in run.report.gates:
         mark = "[green]held[/]" if gate.passed else "[red]FAILED[/]"
@@ -104,8 +109,11 @@ def _show(run: Run) -> None:
         stdout.print(f"[yellow]note:[/] {escape(warning)}")
     places = f"model:  {run.model}\nreport: {run.folder / 'report.html'}"
     stdout.print(escape(places), soft_wrap=True)
+    report = json.loads(to_json(run.report))
+    told = {"folder": run.folder, "model": run.model, "passed": run.passed, "report": report}
+    give(told, as_json)
     if not run.passed:
-        raise typer.Exit(3)
+        raise typer.Exit(Exit.FAILED)
 
 
 @app.command()
@@ -119,9 +127,9 @@ def plan(
             help="Read only the parents' config.json: no weights, data or tokenizers are needed.",
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a recipe would make and need, before any work."""
-    from rich.console import Console
     from rich.table import Table
 
     with working("starting"):
@@ -137,7 +145,7 @@ def plan(
             model.name, model.shape, words.count(model.params), words.count(model.flops),
             words.size(model.bytes), str(model.steps) if model.steps else "–",
         )  # fmt: skip
-    stdout = Console()
+    stdout = screen(as_json)
     stdout.print(table)
     if made.proposal is not None and made.searched:
         from slimfuse.shapes import HEADER
@@ -155,6 +163,12 @@ def plan(
         f"peak memory, estimated: {words.size(made.memory)}   "
         f"disk, estimated: {words.size(made.disk)}"
     )
+    told = {
+        "name": recipe.name, "models": made.models, "memory": made.memory, "disk": made.disk,
+        "notes": made.notes,
+        "shapes": [] if made.proposal is None else [list(row) for row in made.proposal.rows()],
+    }  # fmt: skip
+    give(told, as_json)
 
 
 @app.command("compare")
@@ -178,9 +192,9 @@ def compare_methods(
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder (default runs/NAME-compare).")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run a recipe's method beside all others and the controls, at equal budgets."""
-    from rich.console import Console
     from rich.markdown import Markdown
 
     with working("starting"):
@@ -190,7 +204,8 @@ def compare_methods(
         recipe, seeds=range(seeds), steps=_numbers(steps), overrides=tuple(overrides or ()),
         vary=tuple(vary or ()), out=out,
     )  # fmt: skip
-    Console().print(Markdown(markdown(found)))
+    screen(as_json).print(Markdown(markdown(found)))
+    give(asdict(found), as_json)
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
@@ -236,6 +251,7 @@ def sweep_recipe(
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder (default runs/NAME-sweep).")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run a recipe at several settings: what they share made once, their trade-off in one page."""
     with working("starting"):
@@ -245,16 +261,15 @@ def sweep_recipe(
         recipe, vary=tuple(options or ()), search=tuple(search or ()), trials=trials, ray=ray,
         out=out,
     )  # fmt: skip
-    _show_sweep(found)
+    _show_sweep(found, as_json)
 
 
-def _show_sweep(found: Sweep) -> None:
+def _show_sweep(found: Sweep, as_json: bool) -> None:
     """Print what a sweep found, and exit with 3 where no candidate passes the gates."""
-    from rich.console import Console
+    from slimfuse.report import sweep_table, to_json
+    from slimfuse.report.sweep_rows import SCHEMA
 
-    from slimfuse.report import sweep_table
-
-    stdout, report = Console(highlight=False), found.report
+    stdout, report = screen(as_json), found.report
     stdout.print(sweep_table(report, width=stdout.width))
     told = f"pick: {report.picked}: {report.reason}" if report.picked else report.reason
     stdout.print(escape(told), style=None if found.passed else "red", soft_wrap=True)
@@ -263,13 +278,16 @@ def _show_sweep(found: Sweep) -> None:
     if found.picked is not None:
         stdout.print(escape(f"model:  {found.picked.model}"), soft_wrap=True)
     stdout.print(escape(f"report: {found.folder / 'sweep.html'}"), soft_wrap=True)
+    values = json.loads(to_json(report, SCHEMA))
+    give({"folder": found.folder, "passed": found.passed, "report": values}, as_json)
     if not found.passed:
-        raise typer.Exit(3)
+        raise typer.Exit(Exit.FAILED)
 
 
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A finished model folder.", show_default=False)],
+    as_json: AsJson = False,
 ) -> None:
     """Prove that a model folder opens in stock classes, in a process without slimfuse."""
     from slimfuse.stock import verify as prove
@@ -279,32 +297,33 @@ def verify(
     typer.echo(
         f"{folder}: {found.model_class}, {found.parameters:,} parameters, with "
         f"{found.processor_class}; same answers as in its run (within {found.gap:.1e} of their "
-        "size)"
+        "size)",
+        err=as_json,
     )
+    give({"folder": folder, **asdict(found)}, as_json)
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Say what this machine has and what will be slow or missing."""
-    from rich.console import Console
-
     from slimfuse.doctor import examine
 
-    stdout = Console(highlight=False)
-    ok = True
+    stdout = screen(as_json)
+    checks = []
     for check in examine():
-        ok = ok and check.passed
+        checks.append(check)
         mark = "[green]ok[/]  " if check.passed else "[red]bad[/] "
         stdout.print(f"{mark} {escape(f'{check.name}: {check.detail}')}", soft_wrap=True)
+    ok = all(check.passed for check in checks)
+    give({"passed": ok, "checks": checks}, as_json)
     if not ok:
-        raise typer.Exit(3)
+        raise typer.Exit(Exit.FAILED)
 
 
 def main() -> None:
-    """Run the command line; every error ends in one message and an exit code.
+    """Run the command line; every error ends in one message and an exit code, see `EXIT_CODES`.
 
-    0 done, 1 internal fault, 2 bad input, 3 a check or gate failed, 130 interrupted, 143 ended by
-    SIGTERM. In several processes the message comes once, and the code from all.
+    In several processes the message comes once, and the code from all.
     """
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
@@ -330,7 +349,7 @@ def _ended(arguments: list[str], debug: bool) -> tuple[int, str | None]:
     except SystemExit as done:  # typer's way to end, by an interruption too
         code = done.code if isinstance(done.code, int) else 0
         again = "interrupted: run the same command again to go on from here"
-        return code, again if code == INTERRUPTED else ""
+        return code, again if code == Exit.INTERRUPTED else ""
     except Terminated as ended:
         return ended.exit_code, ended_by_sigterm()
     except Ended as ended:
@@ -340,7 +359,7 @@ def _ended(arguments: list[str], debug: bool) -> tuple[int, str | None]:
         return int(error.exit_code), f"[bold red]error:[/] {escape(str(error))}"
     except Exception as error:
         _trace(debug)
-        return 1, (
+        return Exit.FAULT, (
             f"[bold red]internal fault:[/] {escape(f'{type(error).__name__}: {error}')}\n"
             "  next:    run the same command with --debug and report what it prints"
         )

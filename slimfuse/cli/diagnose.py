@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from slimfuse.cli.output import AsJson, give, screen
 from slimfuse.cli.recipes import Overrides
 from slimfuse.progress import working
 
@@ -34,15 +33,13 @@ def diagnose(
     probes: Annotated[int, typer.Option(help="Random probes of each sample.")] = 1,
     seconds: Annotated[float, typer.Option(help="Time of all tables together.")] = 300.0,
     seed: Annotated[int, typer.Option(help="Seed of the draw and the probes.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON.")] = False,
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="A recipe's run folder (default runs/NAME).")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say how narrow a model can be, why its child works, if it is brittle, what INT8 costs."""
-    from rich.console import Console
-
     with working("starting"):
         from slimfuse.pipeline import diagnose as examine
     from slimfuse.report import finding_table
@@ -51,10 +48,8 @@ def diagnose(
         *models, data=data, family=family, task=task, samples=samples, probes=probes,
         seconds=seconds, seed=seed, overrides=tuple(overrides or ()), out=out,
     )  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps([asdict(t) for t in found.tables], ensure_ascii=False, indent=1))
-        return
-    stdout = Console(highlight=False)
+    stdout = screen(as_json)
     for table in found.tables:
         stdout.print(finding_table(table))
         stdout.print()
+    give(found.tables, as_json)

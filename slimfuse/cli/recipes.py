@@ -9,9 +9,16 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from slimfuse.cli.output import AsJson, give, recipe_paths, screen
+
 recipes = typer.Typer(help="Look at recipes and check them.", no_args_is_help=True)
 
-RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+RecipePath = Annotated[
+    Path,
+    typer.Argument(
+        help="The recipe, a YAML file.", show_default=False, autocompletion=recipe_paths
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one key: a.b=value. May be repeated.", metavar="KEY=VALUE"),
@@ -19,30 +26,34 @@ Overrides = Annotated[
 
 
 @recipes.command("check")
-def recipe_check(recipe: RecipePath, overrides: Overrides = None) -> None:
+def recipe_check(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe's keys and values; no data or model is opened."""
     from slimfuse.recipe import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()))
-    typer.echo(f"{recipe}: recipe {loaded.name!r} is valid")
+    typer.echo(f"{recipe}: recipe {loaded.name!r} is valid", err=as_json)
+    give({"recipe": recipe, "name": loaded.name, "valid": True}, as_json)
 
 
 @recipes.command("list")
 def recipe_list(
     folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("recipes"),
+    as_json: AsJson = False,
 ) -> None:
-    """List the recipes below a folder by family, one line each."""
-    from rich.console import Console
+    """List the recipes below a folder by family, one line each; in JSON every one."""
     from rich.text import Text
 
     from slimfuse.errors import RecipeError
-    from slimfuse.recipe.listing import listed
+    from slimfuse.recipe.listing import entries, listed
 
     if not folder.is_dir():
         raise RecipeError("there is no such folder", where=str(folder), hint="name a folder")
+    if as_json:
+        give(entries(folder), as_json)
+        return
     lines = listed(folder)
     wide = [max([0, *(len(line[i]) for line in lines)]) for i in (0, 1)]
-    stdout, before = Console(highlight=False), None
+    stdout, before = screen(as_json), None
     for family, name, about, style in lines:
         first = family if family != before else ""
         text = Text(f"{first:{wide[0]}}  {name:{wide[1]}}  ").append(about, style=style)
@@ -56,22 +67,24 @@ def recipe_list(
 
 
 @recipes.command("show")
-def recipe_show(recipe: RecipePath, overrides: Overrides = None) -> None:
+def recipe_show(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print a recipe with every default filled in."""
     from ruamel.yaml import YAML
 
     from slimfuse.recipe import load_recipe
 
+    values = load_recipe(recipe, tuple(overrides or ())).to_lock()
+    if as_json:
+        give(values, as_json)
+        return
     yaml = YAML()
     yaml.default_flow_style = False
-    yaml.dump(load_recipe(recipe, tuple(overrides or ())).to_lock(), sys.stdout)
+    yaml.dump(values, sys.stdout)
 
 
 @recipes.command("schema")
-def recipe_schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
-    import json
-
+def recipe_schema(as_json: AsJson = False) -> None:
+    """Print the JSON schema of recipes, for editors; it is JSON with --json or without."""
     from slimfuse.recipe import recipe_schema as schema
 
-    sys.stdout.write(json.dumps(schema(), indent=2) + "\n")
+    give(schema(), True)

@@ -39,7 +39,8 @@ class Candidate:
     def folder(self) -> str:
         """The name as a folder has it on any disk."""
         plain = re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.name.replace(", ", "+"))
-        if plain == self.name.replace(", ", "+") and len(plain) <= NAME_LENGTH:
+        kept = plain == self.name.replace(", ", "+") and plain[-1:] != "."  # which Windows drops
+        if kept and len(plain) <= NAME_LENGTH:
             return plain
         mark = hashlib.sha256(self.name.encode()).hexdigest()[:8]
         return f"{plain[:NAME_LENGTH]}-{mark}"

@@ -14,6 +14,8 @@ from slimfuse_export import Provenance
 from slimfuse import __version__
 from slimfuse.pipeline.common import BaseJob, ParentJob
 
+HIDDEN = "…/"  # before the last name of a path of the machine that made the lock
+
 
 def lock_text(job: BaseJob) -> str:
     """Return what recipe.lock.yaml holds."""
@@ -58,21 +60,27 @@ def lock_of(job: BaseJob) -> dict[str, Any]:
 
 def without_machine_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     """Keep the last name of absolute paths: what they hold is known by its sha256."""
-    places = [(recipe["data"], "path"), (recipe["data"], "tokenizer")]
-    places += [(p, "from") for p in recipe["parents"]]
-    trained = [p["train"] for p in recipe["parents"] if p.get("train")]
-    places += [(train, "start") for train in trained if train.get("start")]
-    protect = recipe["finetune"].get("protect") or {}
-    if protect.get("data"):
-        places.append((protect["data"], "path"))
-    anchor = recipe["fuse"].get("anchor") or recipe["fuse"]["ot"].get("anchor")
-    if anchor is not None:
-        places.append((anchor, "from"))
-    for place, key in places:
+    for place, key in origins_in(recipe).values():
         path = Path(place[key] or "")
         if path.is_absolute() or path.parts[:1] == ("~",):
-            place[key] = f"…/{path.name}"
+            place[key] = f"{HIDDEN}{path.name}"
     return recipe
+
+
+def origins_in(recipe: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
+    """Return where a locked recipe says that something is: by its key, the mapping and its key."""
+    found = {f"data.{key}": (recipe["data"], key) for key in ("path", "tokenizer")}
+    for i, parent in enumerate(recipe["parents"]):
+        found[f"parents.{i}.from"] = (parent, "from")
+        if (train := parent.get("train")) and train.get("start"):
+            found[f"parents.{i}.train.start"] = (train, "start")
+    protect = recipe["finetune"].get("protect") or {}
+    if protect.get("data"):
+        found["finetune.protect.data.path"] = (protect["data"], "path")
+    for home, key in ((recipe["fuse"], "fuse"), (recipe["fuse"]["ot"], "fuse.ot")):
+        if home.get("anchor") is not None:
+            found[f"{key}.anchor.from"] = (home["anchor"], "from")
+    return found
 
 
 def _shape_keys(job: BaseJob) -> list[str]:

@@ -76,7 +76,11 @@ def prepare_again(recipe: Recipe, path: Path, store: Store) -> Job:
     lock = YAML(typ="safe").load(file.read_text(encoding="utf-8")) if file.is_file() else None
     if lock is None or lock["recipe"] != without_machine_paths(recipe.to_lock()):
         return prepare(recipe, path)
-    shape = Shape(**lock["resolved"]["target"])
+    return prepare_pinned(recipe, path, Shape(**lock["resolved"]["target"]))
+
+
+def prepare_pinned(recipe: Recipe, path: Path, shape: Shape) -> Job:
+    """Return the job of a recipe whose budget came to this shape before."""
     return replace(prepare(pinned(recipe, shape), path), recipe=recipe)
 
 
@@ -133,7 +137,7 @@ def compress(
             team.check_alike(lock, "run")
             team.take(job.threads)
             try:
-                return _run(job, store, planned, command_of("compress", path, overrides, out))
+                return run_job(job, store, planned, command_of("compress", path, overrides, out))
             except UserError as error:  # one that only the work could show
                 error.where = loaded.locate(error.where)
                 raise
@@ -153,7 +157,8 @@ def _checked(loaded: Located, path: Path, store: Store) -> tuple[BaseJob, Plan, 
     return job, planned, lock
 
 
-def _run(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
+def run_job(job: BaseJob, store: Store, planned: Plan, command: str) -> Run:
+    """Make, measure and publish what a job asks for, in a store that is held."""
     made = make(job, store, planned)
     return publish(made, made.deployment.bench(made.files), command)
 

@@ -23,6 +23,7 @@ from slimfuse.recipe.loading import (
     RecipeInfo,
     find_recipes,
     load_located,
+    load_locked,
     load_recipe,
     recipe_schema,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "Validation",
     "find_recipes",
     "load_located",
+    "load_locked",
     "load_recipe",
     "recipe_schema",
 ]

@@ -31,3 +31,15 @@ def listed(folder: Path) -> list[tuple[str, str, str, str]]:
             about += " …" if about and about[-1] not in ".!?" else ""
             lines[name] = (info.family, name, about, "")
     return list(lines.values())
+
+
+def entries(folder: Path) -> list[dict[str, str | None]]:
+    """Return every recipe below a folder as plain values; error: of a faulty one."""
+    return [
+        {
+            "path": info.path.as_posix(), "name": info.name, "family": info.family,
+            "task": info.task, "summary": info.summary,
+            "error": None if info.error is None else str(info.error),
+        }
+        for info in find_recipes(folder)
+    ]  # fmt: skip

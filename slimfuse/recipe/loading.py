@@ -77,7 +77,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
 
 def load_located(path: Path, overrides: Sequence[str] = ()) -> Located:
     """Return what `load_recipe` does, with the places of the keys for errors to come."""
-    tree = read_file(path)
+    return _located(read_file(path), overrides)
+
+
+def load_locked(path: Path, overrides: Sequence[str] = ()) -> Located:
+    """Return the recipe that a recipe.lock.yaml holds, with the places of its keys there."""
+    return _located(read_file(path).below("recipe"), overrides)
+
+
+def _located(tree: Tree, overrides: Sequence[str]) -> Located:
     for override in overrides:
         apply_override(tree, override)
     recipe, wrong = _validate(tree)

@@ -45,10 +45,10 @@ SPEED = ("latency_p50", "params")
 
 def check_task(raw: Mapping[str, Any]) -> list[Finding]:
     """Return what doesn't go with the task: family, the data's source and keys, gates, pictures."""
-    task = raw.get("task")
+    task = word(raw.get("task"))
     if task not in TASK_FAMILIES:
         return []
-    family, data = raw.get("family"), dig(raw, "data") or {}
+    family, data = word(raw.get("family")), dig(raw, "data") or {}
     known = {f for families in TASK_FAMILIES.values() for f in families}
     findings = []
     if family in known and family not in TASK_FAMILIES[task]:
@@ -100,7 +100,7 @@ def _check_gates(raw: Mapping[str, Any], task: str) -> list[Finding]:
             allowed=", ".join((*TASK_METRICS[task], *SPEED)),
         )
         for i, gate in enumerate(items(raw.get("gates")))
-        if dig(gate, "metric") in every - set(TASK_METRICS[task])
+        if word(dig(gate, "metric")) in every - set(TASK_METRICS[task])
     ]
 
 
@@ -193,3 +193,8 @@ def dig(value: Any, *keys: str) -> Any:
 def items(value: Any) -> list[Any]:
     """Return a list's items, none of anything else."""
     return list(value) if isinstance(value, list | tuple) else []
+
+
+def word(value: Any) -> str | None:
+    """Return a text; None for anything else, which may not be looked up in a table of words."""
+    return value if isinstance(value, str) else None

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 from slimfuse.recipe.finetuning import Finetune, check_net_finetune
 from slimfuse.recipe.fusing import Plans
 from slimfuse.recipe.inputs import Data, Training
-from slimfuse.recipe.matching import dig, items
+from slimfuse.recipe.matching import dig, items, word
 from slimfuse.recipe.models import (
     SPARSE_ROWS,
     Bench,
@@ -113,7 +113,7 @@ class NetConfig(Strict):
     @classmethod
     def cross_check(cls, raw: Mapping[str, Any]) -> list[Finding]:
         """Demand the keys of the architecture, and no other's."""
-        kind = raw.get("architecture")
+        kind = word(raw.get("architecture"))
         if kind not in KEYS:
             return []
         findings = [

@@ -13,7 +13,9 @@ Loc = tuple[str | int, ...]
 """The way to a value from the top of the recipe: keys of mappings, indices of lists."""
 
 SHOWN_PROBLEMS = 50
-SHOWN_CHARACTERS = 80
+SHOWN_CHARACTERS = 80  # of a value or a key
+SHOWN_OF_PART = 600  # of any part of a problem: what a user wrote may have any length
+SHOWN_IN_ALL = 3_000
 
 
 class Place(NamedTuple):
@@ -23,7 +25,8 @@ class Place(NamedTuple):
     line: int | None = None
 
     def __str__(self) -> str:
-        return self.source if self.line is None else f"{self.source}:{self.line}"
+        source = one_line(self.source)
+        return source if self.line is None else f"{source}:{self.line}"
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,10 @@ class Problem:
     allowed: str | None = None
 
     def __str__(self) -> str:
-        head = f"{self.place}: " + (f"{show_loc(self.loc)}: " if self.loc else "") + self.what
-        tail = [f"{name}: {text}" for name, text in (("got", self.got), ("allowed", self.allowed))
-                if text is not None]  # fmt: skip
+        key = f"{one_line(show_loc(self.loc))}: " if self.loc else ""
+        head = f"{self.place}: {key}{one_line(self.what)}"
+        facts = (("got", self.got), ("allowed", self.allowed))
+        tail = [f"{name}: {one_line(text)}" for name, text in facts if text is not None]
         if self.meant is not None:
             return " ".join([f"{head}; did you mean {self.meant!r}?", "; ".join(tail)]).rstrip()
         return "; ".join([head, *tail])
@@ -53,9 +57,14 @@ class InvalidRecipe(RecipeError):
         self.problems = tuple(problems)
         assert self.problems
         first = self.problems[0]
-        lines = [str(problem) for problem in self.problems[:SHOWN_PROBLEMS]]
-        if len(self.problems) > SHOWN_PROBLEMS:
-            lines.append(f"and {len(self.problems) - SHOWN_PROBLEMS} problems more")
+        lines: list[str] = []
+        for problem in self.problems[:SHOWN_PROBLEMS]:
+            line = str(problem)
+            if lines and sum(map(len, lines)) + len(line) > SHOWN_IN_ALL:
+                break
+            lines.append(line)
+        if more := len(self.problems) - len(lines):
+            lines.append(f"and {more} problem{'s' * (more > 1)} more")
         super().__init__(
             "\n".join(lines), where=str(first.place), got=first.got, allowed=first.allowed
         )
@@ -94,6 +103,13 @@ def show_value(value: object) -> str:
     if isinstance(value, list | tuple):
         return "a list"
     return _cut(repr(value) if isinstance(value, str) else str(value))
+
+
+def one_line(text: str) -> str:
+    """Return a text as one printable line of bounded length: its head and its tail say most."""
+    if len(text) > SHOWN_OF_PART:
+        text = f"{text[: SHOWN_OF_PART // 2]}…{text[1 - SHOWN_OF_PART // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _cut(text: str) -> str:

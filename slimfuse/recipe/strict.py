@@ -96,13 +96,20 @@ def _again(item: Any) -> InitErrorDetails:
     return InitErrorDetails(type=kind, loc=item["loc"], input=item["input"], ctx=context)
 
 
-SLUG = r"^(?!.*\.\.)[a-z0-9][a-z0-9._-]{0,63}$"
+SLUG = r"^(?!.*\.\.)[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9_-])?$"
+DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 
 
 def _slug(text: str) -> str:
+    """Return a name that is a folder's on any disk; in lower case, so that no two are one there."""
     if not re.fullmatch(SLUG[1:-1], text):
-        allowed = "1 to 64 of a-z 0-9 . _ -, the first a letter or digit, without '..'"
+        allowed = (
+            "1 to 64 of a-z 0-9 . _ -, the first a letter or digit, the last no dot, without '..'"
+        )
         raise Finding((), "not a usable name", allowed=allowed).error()
+    if DEVICE.fullmatch(text):
+        allowed = "any but con, prn, aux, nul, com0-9 and lpt0-9, with or without a dot behind"
+        raise Finding((), "is a device's name on Windows, no folder's", allowed=allowed).error()
     return text
 
 

@@ -10,11 +10,12 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.resolver import VersionedResolver
@@ -25,6 +26,7 @@ from slimfuse.recipe.problems import InvalidRecipe, Loc, Place, Problem, show_va
 
 MAX_BYTES = 1_000_000
 MAX_VALUES = 10_000  # after aliases are followed, so no bomb of anchors goes off
+MAX_NODES = 2 * MAX_VALUES + 1  # of the text itself: each value may have a key
 MAX_DEPTH = 32
 MAX_INT = 2**63 - 1
 
@@ -50,6 +52,26 @@ class _CoreResolver(VersionedResolver):
         return super().resolve(kind, value, implicit)
 
 
+class _TooMany(Exception):
+    """A text with more values than any recipe has; `line` from 1."""
+
+    def __init__(self, line: int) -> None:
+        super().__init__()
+        self.line = line
+
+
+class _CountingComposer(Composer):
+    """Stops at too many nodes, of which a megabyte of text holds half a minute's work."""
+
+    nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise _TooMany(self.parser.peek_event().start_mark.line + 1)
+        return super().compose_node(parent, index)
+
+
 class _Unreadable(Exception):
     """A scalar that is no value of its kind."""
 
@@ -68,6 +90,18 @@ class Tree:
         while loc not in self.places and loc:
             loc = loc[:-1]
         return self.places[loc]
+
+    def below(self, key: str) -> Tree:
+        """Return the mapping that stands at a key as a tree of its own; raises InvalidRecipe."""
+        data = self.data.get(key) if isinstance(self.data, dict) else None
+        if not isinstance(data, dict):
+            raise InvalidRecipe([Problem(self.place((key,)), (key,), "is no mapping")])
+        return Tree(
+            data,
+            {loc[1:]: place for loc, place in self.places.items() if loc[:1] == (key,)},
+            [p if p.loc[:1] != (key,) else replace(p, loc=p.loc[1:]) for p in self.problems],
+            {loc[1:] for loc in self.unreadable if loc[:1] == (key,)},
+        )
 
     def forget(self, loc: Loc) -> None:
         """Drop what is known about a value that is about to be replaced."""
@@ -94,7 +128,8 @@ def read_file(path: Path) -> Tree:
         reason = getattr(error, "strerror", None) or str(error)
         known = Path("recipes").is_dir()  # as in a clone of slimfuse
         hint = "slimfuse recipe list names the recipes that come along" if known else None
-        raise RecipeError(f"recipe can't be read: {reason}", where=str(path), hint=hint) from error
+        where = str(Place(str(path)))
+        raise RecipeError(f"recipe can't be read: {reason}", where=where, hint=hint) from error
     source = str(path)
     if len(raw) > MAX_BYTES:
         raise _failure(Place(source), "file too large", allowed=f"at most {MAX_BYTES} bytes")
@@ -120,14 +155,21 @@ def _failure(place: Place, what: str, **facts: str) -> InvalidRecipe:
     return InvalidRecipe([Problem(place, (), what, **facts)])
 
 
+def _too_many(place: Place) -> InvalidRecipe:
+    allowed = f"{MAX_VALUES} values, {MAX_DEPTH} levels, aliases included"
+    return _failure(place, "too many or too deep values", allowed=allowed)
+
+
 def _compose(text: str, at: Callable[[int], Place]) -> Node | None:
     yaml = YAML(typ="safe", pure=True)
-    yaml.Resolver = _CoreResolver
+    yaml.Resolver, yaml.Composer = _CoreResolver, _CountingComposer
     yaml.max_depth = MAX_DEPTH
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ruamel's about anchors given twice: later ones win
             node: Node | None = yaml.compose(text)
+    except _TooMany as error:
+        raise _too_many(at(error.line)) from error
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(str(error.problem or error.context).split("\n")[0].split())
@@ -156,8 +198,7 @@ class _Builder:
         """Return the node's data, with every place below it noted in the tree."""
         self.count += 1
         if self.count > MAX_VALUES or depth > MAX_DEPTH:
-            allowed = f"{MAX_VALUES} values, {MAX_DEPTH} levels, aliases included"
-            raise _failure(place, "too many or too deep values", allowed=allowed)
+            raise _too_many(place)
         self.tree.places[loc] = place
         if node is None:
             return None

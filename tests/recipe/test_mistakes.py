@@ -12,6 +12,7 @@ from slimfuse.errors import RecipeError
 from slimfuse.recipe import (
     InvalidRecipe,
     load_recipe,
+    tree,
 )
 
 TOP_KEYS = (
@@ -22,7 +23,8 @@ FUSE_KEYS = (
     "alignment, batch_size, heads, layers, method, ot, parent_weights, parents, refit, ridge, "
     "saliency, stream, units"
 )
-NAME_RULE = "1 to 64 of a-z 0-9 . _ -, the first a letter or digit, without '..'"
+NAME_RULE = "1 to 64 of a-z 0-9 . _ -, the first a letter or digit, the last no dot, without '..'"
+DEVICES = "any but con, prn, aux, nul, com0-9 and lpt0-9, with or without a dot behind"
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def problems(write: Any) -> Any:
          "allowed: digits, fashion-mnist, imagefolder, wordnet, vader, anarchism, textfolder, "
          "datasets"),
         ("name: try\n", "", "1: name: missing key; allowed: text like "
-         r"^(?!.*\.\.)[a-z0-9][a-z0-9._-]{0,63}$"),
+         r"^(?!.*\.\.)[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9_-])?$"),
         ("      epochs: 3\n", "",
          "12: parents[1].train.epochs: missing key; allowed: integer >= 1"),
         ("family: vit", "family: vit\nname: again", "5: name: key given twice, first at r.yaml:3"),
@@ -63,8 +65,14 @@ def problems(write: Any) -> Any:
         ("version: 1", "version: 2", "2: version: unknown value; got: 2; allowed: 1"),
         ("name: try", "name: a..b",
          f"3: name: not a usable name; got: 'a..b'; allowed: {NAME_RULE}"),
+        ("name: try", "name: a.",
+         f"3: name: not a usable name; got: 'a.'; allowed: {NAME_RULE}"),
+        ("name: try", "name: nul",
+         f"3: name: is a device's name on Windows, no folder's; got: 'nul'; allowed: {DEVICES}"),
+        ("name: b", "name: com1.x", "10: parents[1].name: is a device's name on Windows, "
+         f"no folder's; got: 'com1.x'; allowed: {DEVICES}"),
         ("name: try", "name: 12", "3: name: wrong type; got: 12; allowed: text like "
-         r"^(?!.*\.\.)[a-z0-9][a-z0-9._-]{0,63}$"),
+         r"^(?!.*\.\.)[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9_-])?$"),
         ("weight: 2", "weight: .nan",
          "11: parents[1].weight: '.nan' is not a finite number"),
         ("weight: 2", "weight: 1e999",
@@ -296,4 +304,81 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 
 def test_thousands_of_problems_stay_readable(problems: Any) -> None:
     found = problems(GOOD + "".join(f"k{i}: 1\n" for i in range(500)))
-    assert len(found) == 51 and found[-1] == "and 450 problems more"
+    shown, last = found[:-1], found[-1]
+    assert 10 < len(shown) < 51 and last == f"and {500 - len(shown)} problems more"
+    assert sum(map(len, found)) < 4000
+
+
+LONG = "x" * 50_000
+
+
+@pytest.mark.parametrize(
+    ("text", "override"),
+    [
+        (GOOD.replace("try", LONG), ""),
+        (GOOD.replace("target:", f"{LONG}: 1\ntarget:"), ""),
+        (GOOD.replace("target:", f"finetune: {{distill: {{teachers: [{LONG}]}}}}\ntarget:")
+         .replace("name: b", f"name: {LONG}"), ""),
+        (f"a: *{LONG}\n", ""),
+        (f"a: !{LONG} b\n", ""),
+        (GOOD, f"{LONG}=1"),
+        (GOOD, f"fuse.{LONG}={LONG}"),
+        (GOOD, "a.b=\n\x1b[31m\u2028"),
+    ],
+    ids=["name", "key", "parent", "alias", "tag", "override", "value", "terminal"],
+)  # fmt: skip
+def test_no_text_of_a_user_makes_a_message_long_or_odd(
+    problems: Any, text: str, override: str
+) -> None:
+    lines = problems(text, *filter(None, [override]))
+    assert sum(map(len, lines)) < 4000
+    assert all(line and line.isprintable() for line in lines)
+
+
+def test_a_long_file_name_is_cut_in_its_middle(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="can't be read: File name too long") as caught:
+        load_recipe(tmp_path / f"{LONG}.yaml")
+    shown = str(caught.value)
+    assert len(shown) < 4000 and str(tmp_path) in shown and "xx.yaml" in shown
+
+
+@pytest.mark.parametrize(
+    ("old", "place"),
+    [
+        ("task: image-classification", "task"),
+        ("family: vit", "family"),
+        ("name: a", "parents[0].name"),
+        ("source: digits", "data.source"),
+        ("target:", "gates[0].metric"),
+        ("target:", "fuse.method"),
+    ],
+)
+@pytest.mark.parametrize("value", ["{a: 1}", "[vit]"])
+def test_a_mapping_where_a_word_is_meant_is_a_wrong_type(
+    problems: Any, old: str, place: str, value: str
+) -> None:
+    new = {
+        "gates[0].metric": f"gates: [{{metric: {value}, max_drop: 0}}]\n{old}",
+        "fuse.method": f"fuse: {{method: {value}}}\n{old}",
+    }.get(place, f"{old.partition(':')[0]}: {value}")
+    found = problems(GOOD.replace(old, new, 1))
+    assert any(f"{place}: " in line and ("wrong type" in line or "unknown value" in line)
+               for line in found), found  # fmt: skip
+
+
+def test_a_net_whose_architecture_is_no_word_has_a_line(problems: Any) -> None:
+    text = GOOD.replace("family: vit", "family: auto")
+    found = problems(text, "parents.1.train.config={architecture: {mlp: 1}}")
+    assert any("architecture: " in line for line in found)
+
+
+@pytest.mark.parametrize("piece", ["k: 1\n", "- a\n", "[], ", "? - a\n: - b\n", "<<: {a: 1}\n"])
+def test_a_text_of_too_many_values_is_not_read_to_its_end(
+    problems: Any, piece: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree, "MAX_NODES", 300)
+    closed = ("[", "]") if piece.startswith("[") else ("", "")
+    # were all of it read, the broken end would be what is said
+    (line,) = problems(piece.join([closed[0], *[""] * 2000, closed[1] + "{{{"]))
+    assert line.endswith("too many or too deep values; "
+                         "allowed: 10000 values, 32 levels, aliases included")  # fmt: skip

@@ -10,21 +10,22 @@ import typer
 
 import slimfuse_export
 from slimfuse_export.cli import making, proving, timing, using
-from slimfuse_export.errors import ExportError
+from slimfuse_export.errors import EXIT_CODES, Exit, ExportError
 
 app = typer.Typer(
     name="slimfuse-export",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     help="Check, time, quantise, use and serve a finished model folder, without torch.",
+    epilog="Exit codes: " + ", ".join(f"{code.value} {told}" for code, told in EXIT_CODES.items()),
 )
 for room in (proving, making, timing, using):
     room.add(app)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 fine, 1 internal fault, 2 bad input, 3 a check failed."""
+    """Run the command line and exit, see `slimfuse_export.errors.Exit`."""
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words  # wherever it stands
     words = [word for word in words if word != "--debug"]
@@ -41,8 +42,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"internal fault: {text}; run with --debug for the traceback", file=sys.stderr)
-        sys.exit(1)
-    sys.exit(0)
+        sys.exit(Exit.FAULT)
+    sys.exit(Exit.DONE)
 
 
 @app.callback(invoke_without_command=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from slimfuse_export.errors import ExportError
 from slimfuse_export.folder import INT8, MODEL, OPTIMIZED
@@ -15,6 +18,25 @@ Dims = Annotated[
     list[str] | None,
     typer.Option("--dim", metavar="NAME=SIZE", help="Size of a dynamic dim, but for the batch."),
 ]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print the result as one JSON document; what people read goes to stderr."
+    ),
+]
+
+
+def screen(as_json: bool) -> Console:
+    """Return where people read: stdout, or stderr where that is kept for JSON."""
+    return Console(stderr=as_json)
+
+
+def give(result: Any, as_json: bool) -> None:
+    """Print a result as one JSON document on stdout, where it is asked for; UTF-8 everywhere."""
+    if as_json:
+        text = json.dumps(result, ensure_ascii=False, indent=2)
+        sys.stdout.buffer.write(f"{text}\n".encode("utf-8", "replace"))
+        sys.stdout.flush()
 
 
 def name_models(paths: Sequence[Path]) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -10,9 +9,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from slimfuse_export._files import replacing
 from slimfuse_export.cli import _show
-from slimfuse_export.cli._words import Dims, numbers, single_sizes
+from slimfuse_export.cli._words import AsJson, Dims, give, numbers, screen, single_sizes
 from slimfuse_export.errors import CheckFailed, ExportError
 from slimfuse_export.folder import INT8, MODEL, OPTIMIZED
 from slimfuse_export.optimization import optimize_folder
@@ -45,7 +43,7 @@ def optimize(
     min_seconds: Annotated[float, typer.Option(help="Timed seconds of each graph.")] = 3.0,
     atol: Annotated[float, typer.Option(help="Absolute tolerance of float outputs.")] = 1e-4,
     rtol: Annotated[float, typer.Option(help="Relative tolerance of float outputs.")] = 1e-4,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Try other graphs of the model, and keep the fastest where it surely wins on this machine."""
     with _show.progress(Console(stderr=True)) as tell:
@@ -54,7 +52,7 @@ def optimize(
             batch=numbers("--batch", batch), min_seconds=min_seconds, atol=atol, rtol=rtol,
             progress=tell,
         )  # fmt: skip
-    console = Console()
+    console = screen(as_json)
     _show.show_trials(console, done.trials)
     if done.winner is None:
         line = f"{MODEL.as_posix()} stays as it is: nothing surely beats it here"
@@ -62,9 +60,7 @@ def optimize(
         at = OPTIMIZED if done.written == folder / OPTIMIZED else MODEL
         line = f"{at.as_posix()}: {done.winner}"
     console.print(Text(line), soft_wrap=True)
-    if json_file is not None:
-        with replacing(json_file) as part:
-            part.write_text(json.dumps(done.as_dict(), indent=2) + "\n")
+    give(done.as_dict(), as_json)
 
 
 def quantize(
@@ -84,12 +80,12 @@ def quantize(
     ] = None,
     dim: Dims = None,
     min_seconds: Annotated[float, typer.Option(help="Timed seconds of each kind.")] = 3.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write onnx/model_quantized.onnx where it is good enough: INT8, or 4-bit weights."""
     if not 0 <= max_drop <= 1:
         raise ExportError("not a share", where="--max-drop", got=max_drop, allowed="0 to 1")
-    plan, console = quantization_plan(), Console()
+    plan, console = quantization_plan(), screen(as_json)
     if plan.mode == "float32":
         console.print(Text(f"this CPU may run INT8 slower than float: {plan.reason}", "yellow"))
     src = folder / MODEL
@@ -110,9 +106,7 @@ def quantize(
     count = sum(len(next(iter(one.values()))) for one in rows)
     what = "accuracy lost" if labels is not None else "answers changed"
     _show.show_attempts(console, done, f"{what} on {count} rows")
-    if json_file is not None:
-        with replacing(json_file) as part:
-            part.write_text(json.dumps(done.as_dict(), indent=2) + "\n")
+    give(done.as_dict(), as_json)
     if done.made is None:
         raise CheckFailed(
             "no quantised file is good enough, so none was written", where=folder,

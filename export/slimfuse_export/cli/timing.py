@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,16 @@ from slimfuse_export._files import replacing
 from slimfuse_export.bench import bench as run_bench
 from slimfuse_export.bench import footprints
 from slimfuse_export.cli import _show
-from slimfuse_export.cli._words import Dims, model_files, name_models, numbers, sizes
+from slimfuse_export.cli._words import (
+    AsJson,
+    Dims,
+    give,
+    model_files,
+    name_models,
+    numbers,
+    screen,
+    sizes,
+)
 from slimfuse_export.errors import CheckFailed, ExportError
 from slimfuse_export.latency import BenchResult, Ratio
 from slimfuse_export.measuring.agreement import WITHIN, compare_benches
@@ -43,19 +51,18 @@ def bench(
         bool, typer.Option("--strict", help="Exit with 3 where the machine is too noisy.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of inputs, order and intervals.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw an SVG here.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Two files of --json: do their ratios agree within 10 %?"),
+        typer.Option(help="Two files with what --json printed: do their ratios agree to 10 %?"),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time models against each other, interleaved; the first one is the base."""
-    for file in (json_file, plot):
-        if file is not None and not file.parent.is_dir():
-            raise ExportError("the folder to write into does not exist", where=file.parent)
+    if plot is not None and not plot.parent.is_dir():
+        raise ExportError("the folder to write into does not exist", where=plot.parent)
     if compare is not None:
-        _compare(*compare)
+        _compare(*compare, as_json)
         return
     models = name_models([model for path in paths or () for model in model_files(path)])
     grid: dict[str, Any] = {
@@ -69,15 +76,13 @@ def bench(
         )  # fmt: skip
     used = footprints(models, **grid) if memory else {}
     ratios = result.ratios(next(iter(models)), seed=seed)
-    console = Console()
+    console = screen(as_json)
     _show.show_bench(console, result, ratios)
     _show.show_footprints(console, used)
-    if json_file is not None:
-        with replacing(json_file) as part:
-            part.write_text(json.dumps(_report(result, ratios, used), indent=2) + "\n")
     if plot is not None:
         with replacing(plot) as part:
             part.write_text(plot_bench(result), encoding="utf-8")
+    give(_report(result, ratios, used), as_json)
     if strict and (noisy := [r for r in ratios if r.noisy]):
         raise CheckFailed(
             "the machine was too noisy for a verdict", got=noisy[0].noise,
@@ -98,9 +103,10 @@ def _report(
     }
 
 
-def _compare(first: Path, second: Path) -> None:
+def _compare(first: Path, second: Path, as_json: bool) -> None:
     found = compare_benches(first, second)
-    _show.show_agreements(Console(), found)
+    _show.show_agreements(screen(as_json), found)
+    give({"agreements": [asdict(one) | {"agrees": one.agrees} for one in found]}, as_json)
     if apart := [one for one in found if not one.agrees]:
         worst = max(apart, key=lambda one: one.difference)
         raise CheckFailed(

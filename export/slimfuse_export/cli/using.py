@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from slimfuse_export import packaging
+from slimfuse_export.cli._words import AsJson, give
 from slimfuse_export.deployed import POOLINGS, Deployed, Options, Pooling, open_deployed
 from slimfuse_export.deployed.images import SUFFIXES
 from slimfuse_export.environment import cores_allowed
@@ -52,6 +53,9 @@ def predict(
     seed: Annotated[int, typer.Option(min=0, help="Of generated text.")] = 0,
     int8: Int8 = False,
     threads: Threads = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document, a list of all answers.")
+    ] = False,
 ) -> None:
     """Print one JSON line for each text or image: label and scores, embedding or text."""
     options = Options(
@@ -69,6 +73,7 @@ def predict(
         )
     ascii_only = sys.stdout.encoding.lower().replace("-", "") != "utf8"
     failed, count = 0, 0
+    answered: list[dict[str, Any]] = []
     named = _named(model, words or ["-"])
     while part := list(itertools.islice(named, batch)):
         answers = model.predict((item for _, item in part), options, batch=batch)
@@ -76,8 +81,13 @@ def predict(
             bad = isinstance(answer, ExportError)
             failed, count = failed + bad, count + 1
             told = {"error": one_line(answer)} if isinstance(answer, ExportError) else answer
-            print(json.dumps({"input": _printable(name), **told}, ensure_ascii=ascii_only))
+            line = {"input": _printable(name), **told}
+            if as_json:
+                answered.append(line)
+            else:
+                print(json.dumps(line, ensure_ascii=ascii_only))
         sys.stdout.flush()  # whoever reads a pipe gets every batch as it is done
+    give(answered, as_json)
     if failed:
         raise CheckFailed(f"{failed} of {count} inputs failed", hint="their lines say why")
 
@@ -160,6 +170,7 @@ def package(
         str | None, typer.Option(help="Where KServe will find `models`, as pvc://CLAIM/PATH.")
     ] = None,
     int8: Int8 = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a folder's model as other servers take it, or all of its files as a zip."""
     batching: dict[str, Any] = {
@@ -169,9 +180,10 @@ def package(
         "int8": int8,
     }
     if kind == "zip":
-        print(f"{out}: {len(packaging.write_zip(folder, out))} files")
+        written = packaging.write_zip(folder, out)
+        told, more = f"{out}: {len(written)} files", {"files": written}
     elif kind == "triton":
-        print(packaging.write_triton(folder, out, **batching))
+        told, more = str(packaging.write_triton(folder, out, **batching)), {}
     elif storage_uri is None:
         raise ExportError(
             "KServe must know where the model will lie",
@@ -179,7 +191,10 @@ def package(
             allowed="pvc://CLAIM/PATH, s3://…, gs://…",
         )
     else:
-        print(packaging.write_kserve(folder, out, storage_uri=storage_uri, **batching))
+        made = packaging.write_kserve(folder, out, storage_uri=storage_uri, **batching)
+        told, more = str(made), {}
+    print(told, file=sys.stderr if as_json else sys.stdout)
+    give({"out": str(out), "format": kind, **more}, as_json)
 
 
 def _token(file: Path | None) -> str | None:
