@@ -31,7 +31,7 @@ from slimfuse.recipe import Recipe, load_recipe
 from slimfuse.tasks import Measured, Samples, ask
 
 RUNS = (
-    ("recipes/vit/fashion-mnist.yaml", "runs/bench-sparse-onnx/0"),
+    ("recipes/vit/fashion-mnist.yaml", "runs/vit-fashion-mnist-half"),
     ("recipes/vit/digits.yaml", "runs/vit-digits-half"),
     ("recipes/bert/wordnet-minilm.yaml", "runs/bert-wordnet-half"),
 )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from slimfuse.cli.output import AsJson, give, screen
 from slimfuse.progress import working
 
 COMPARISON = Path("comparison.html")
@@ -30,13 +31,10 @@ def report(
             "here).",
         ),
     ] = None,
-    figures: Annotated[
-        Path | None,
-        typer.Option("--json", help="Write the figures as JSON, too.", metavar="FILE"),
-    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Draw the page of a finished run again from its figures, or compare several runs."""
-    from rich.console import Console
+    import json
 
     from slimfuse.report import (
         Report,
@@ -55,26 +53,25 @@ def report(
     from slimfuse.report.sweep_rows import SCHEMA as SWEEP
     from slimfuse.store import write_text
 
-    stdout = Console(highlight=False)
+    shown = screen(as_json)
     if len(runs) == 1:
         found = load(runs[0])
         with working("drawing the report"):
             page = redraw(runs[0], out)
-        if figures is not None:
-            write_text(figures, to_json(found, SCHEMA if isinstance(found, Report) else SWEEP))
+        figures = to_json(found, SCHEMA if isinstance(found, Report) else SWEEP)
         if isinstance(found, Report):
-            stdout.print(console_table(found, width=stdout.width))
+            shown.print(console_table(found, width=shown.width))
         else:
-            stdout.print(sweep_table(found, width=stdout.width))
+            shown.print(sweep_table(found, width=shown.width))
     else:
         together = compare_runs(runs)
         page = out or COMPARISON
         with working("drawing the comparison"):
             html = render_runs(together)
         write_text(page, html)
-        if figures is not None:
-            write_text(figures, to_json(together, RUNS))
-        stdout.print(runs_table(together, width=stdout.width))
+        figures = to_json(together, RUNS)
+        shown.print(runs_table(together, width=shown.width))
         for told in filter(None, (lead(together), *cautions(together))):
-            stdout.print(escape(told), soft_wrap=True)
-    stdout.print(escape(f"report: {page}"), soft_wrap=True)
+            shown.print(escape(told), soft_wrap=True)
+    shown.print(escape(f"report: {page}"), soft_wrap=True)
+    give(json.loads(figures), as_json)
