@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from slimfuse.pipeline import Run, compress
-from slimfuse.pipeline.job import prepare
+from slimfuse.pipeline.job import Job, prepare
 from slimfuse.pipeline.run import quiet
-from slimfuse.recipe import load_recipe
+from slimfuse.recipe import Recipe, load_recipe
 from slimfuse.report import Row
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,6 +50,21 @@ def row(run: Run, name: str) -> Row:
 def accuracy(run: Run, name: str) -> float:
     """Return the test accuracy of a row, in per cent."""
     return 100 * row(run, name).metrics["accuracy"].value
+
+
+def job_of(run: Path, recipe: Path, tests: int) -> Job:
+    """Return a job that measures a finished run's child on at most so many test samples.
+
+    The child is its only parent: a recipe's own parents may lie elsewhere.
+    """
+    overrides = (
+        f"data.limit={{test: {tests}}}",
+        f"parents=[{{name: only, from: {json.dumps(str((run / 'model').resolve()))}}}]",
+        "fuse={method: keep}", "target={}", "finetune={epochs: 0}", "baselines=[]", "gates=[]",
+    )  # fmt: skip
+    loaded = load_recipe(recipe, overrides)
+    assert isinstance(loaded, Recipe)
+    return prepare(loaded, recipe)
 
 
 def machine() -> dict[str, str]:

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import machine, settle, write
+from common import job_of, machine, settle, write
 from slimfuse_export import (
     fallbacks,
     load_reference,
@@ -25,9 +25,8 @@ from slimfuse_export import (
 from slimfuse_export.measuring.agreement import compare_benches
 
 from slimfuse.batch import Batch, arrays, call
-from slimfuse.pipeline.job import Job, prepare
+from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.run import quiet
-from slimfuse.recipe import Recipe, load_recipe
 from slimfuse.tasks import Measured, Samples, ask
 
 RUNS = (
@@ -81,9 +80,7 @@ def main() -> None:
 
 def measure(recipe: Path, run: Path, folder: Path, limit: int, seconds: float) -> dict[str, Any]:
     """Return all figures of one run; folder: for files that live as long as the measurement."""
-    loaded = load_recipe(recipe, (f"data.limit={{test: {limit}}}",))
-    assert isinstance(loaded, Recipe)
-    job = prepare(loaded, recipe)
+    job = job_of(run, recipe, limit)
     model, files = run / "model", {"float32": run / ONNX}
     samples = job.task.samples(job.data.test, job.task.load(model))
     found = [File("torch", torch_figure(job, model, samples), weight_bytes(model))]

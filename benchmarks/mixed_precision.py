@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import machine, settle, write
+from common import job_of, machine, settle, write
 from deployment import calibration
 from onnxruntime.quantization import qdq_loss_debug
 from slimfuse_export import (
@@ -36,9 +36,8 @@ from slimfuse.batch import Batch, arrays
 from slimfuse.diagnose.answers import divergences
 from slimfuse.pipeline.answering import kind_of
 from slimfuse.pipeline.forecasting import forecast_ranking
-from slimfuse.pipeline.job import Job, prepare
+from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.run import quiet
-from slimfuse.recipe import Recipe, load_recipe
 from slimfuse.recipe.diagnosing import Diagnose
 from slimfuse.tasks import ask
 
@@ -106,9 +105,7 @@ def total(table: Mapping[str, Any], mode: str, ranking: str, kept: int) -> float
 
 def measure(recipe: Path, run: Path, folder: Path, limit: int, seconds: float) -> dict[str, Any]:
     """Return all rows of one run's child; folder: for files that live as long."""
-    loaded = load_recipe(recipe, (f"data.limit={{test: {limit}}}",))
-    assert isinstance(loaded, Recipe)
-    job = prepare(loaded, recipe)
+    job = job_of(run, recipe, limit)
     onnx, plan, inputs = run / ONNX, quantization_plan(), calibration(job, run / "model")
     answers = Answers(job, run / "model")
     truth = answers.of(onnx)
