@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report.fakes import fake_example, fake_finding, fake_sweep, quick_report
+from report.fakes import fake_example, fake_finding, fake_report, fake_sweep, quick_report
 
 from slimfuse.report import render_html, render_runs, render_sweep
 from slimfuse.report.compare import compare
@@ -37,7 +37,7 @@ AUDIT = "axe.run(document, {resultTypes: ['violations']})"  # all rules; nodes o
 
 def report_page() -> str:
     return render_html(
-        quick_report(pictures=4, findings=(fake_finding(),), examples=(fake_example(),))
+        fake_report(pictures=2, findings=(fake_finding(),), examples=(fake_example(),))
     )
 
 
