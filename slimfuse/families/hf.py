@@ -176,13 +176,21 @@ def check_shape(shape: Shape, limits: Shape) -> None:
         )
 
 
+MOST = {
+    "hidden_size": 2**20, "intermediate_size": 2**22, "num_attention_heads": 2**16,
+    "num_hidden_layers": 10_000, "vocab_size": 2**24, "image_size": 2**16, "patch_size": 2**16,
+    "num_channels": 2**16, "max_position_embeddings": 2**30,
+}  # fmt: skip
+"""The largest sizes that a config may have, far above any model's."""
+
+
 def read_config(folder: str, model_type: str, revision: str | None = None) -> Any:
     """Return the config of a saved model of this type; raises ParentError."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any kind, where config.json is no config
         raise ParentError(
             "the parent can't be opened",
             where=str(folder),
@@ -195,6 +203,15 @@ def read_config(folder: str, model_type: str, revision: str | None = None) -> An
             where=str(folder),
             got=config.model_type,
             allowed=model_type,
+        )
+    sizes = {key: getattr(config, key, None) for key in MOST}
+    odd = [k for k, n in sizes.items() if isinstance(n, int) and not 1 <= n <= MOST[k]]
+    if odd:  # before a model of such sizes is built
+        raise ParentError(
+            "the parent's config has sizes that no model has",
+            where=str(folder),
+            got=", ".join(f"{key} {sizes[key]}" for key in odd),
+            allowed=", ".join(f"{key} 1 to {MOST[key]}" for key in odd),
         )
     return config
 
@@ -214,7 +231,6 @@ def read_model(
     of other classes' heads (what their names begin with) and for optional ones, see `StockFamily`.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -230,7 +246,7 @@ def read_model(
             attn_implementation=attention,
             dtype=torch.float32,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of any kind, where config and weights are a stranger's
         raise ParentError(
             "the parent's weights can't be read",
             where=str(folder),
@@ -246,7 +262,7 @@ def read_model(
     with torch.no_grad():
         for name in lacks:
             model.get_parameter(name).zero_()
-    wrong = {k: sorted(v)[:5] for k, v in info.items() if v}
+    wrong = {k: [_short(name) for name in sorted(v)[:5]] for k, v in info.items() if v}
     if wrong:
         raise ParentError(
             "the parent's weights don't fit its config",
@@ -275,3 +291,8 @@ def differences(configs: dict[str, Any], keys: Sequence[str]) -> list[str]:
         for key in keys
         if getattr(base, key) != getattr(config, key)
     ]
+
+
+def _short(told: Any) -> Any:
+    """Return what transformers tells of a weight, its name cut to a line's length."""
+    return told[:100] if isinstance(told, str) else told

@@ -17,6 +17,7 @@ from slimfuse.tasks import Task
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 """Of weights in several files: which file has which weight."""
+LONGEST = 255  # bytes of a file's name
 FETCHED = (
     "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "LICENCE*",
 )  # fmt: skip
@@ -81,7 +82,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return ()
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        odd = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+        odd = [n for n in names if not _beside(n)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ParentError(
             "the index of the weights can't be read", where=str(index), got=first_line(error)
@@ -90,9 +91,15 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         raise ParentError(
             "the index of the weights names other files than safetensors beside it",
             where=str(index),
-            got=", ".join(map(str, odd[:5])) or "no file",
+            got=", ".join(ascii(name[:100]) for name in odd[:5]) or "no file",
         )
     return tuple(folder / name for name in names)
+
+
+def _beside(name: str) -> bool:
+    """Tell whether a name in an index is that of a file beside it, on any disk."""
+    plain = Path(name).name == name and not {*"\\:\0"} & {*name}
+    return plain and name.endswith(".safetensors") and len(name.encode()) <= LONGEST
 
 
 def weights_digest(folder: Path) -> str:
