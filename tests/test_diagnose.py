@@ -89,9 +89,8 @@ def ran(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_the_report_says_why(ran: Run) -> None:
-    titles = [f.title for f in ran.report.findings]
+    titles = [f.title for f in ran.report.findings if f.group == "why"]
     assert len(titles) == 5 and titles[4] == "Whether the calibration set was enough"
-    assert {f.group for f in ran.report.findings} == {"why"}
     html = (ran.folder / "report.html").read_text()
     assert '<h2 id="found-1">Why</h2>' in html and "How narrow wide can be" in html
     again = from_json((ran.folder / "report.json").read_text())

@@ -91,6 +91,7 @@ def after_checkpoint(stage: str) -> None:
     patch(loop, "save", check)
 
 
+@pytest.mark.slow  # minutes: the quick twin is below
 def test_killed_in_every_stage_it_ends_with_the_same_bytes(
     run: Callable[..., int], finished: Run, tmp_path: Path
 ) -> None:

@@ -174,7 +174,7 @@ def test_the_page_opens_offline_and_shows_every_candidate(swept: Swept) -> None:
     assert links == [f"candidates/hidden_size%3D{size}/report.html" for size in ("0.75", "0.5")]
     pictures = re.findall(r"<img [^>]*>", html)
     assert len(pictures) == 2 and all('alt="Scatter plot' in picture for picture in pictures)
-    assert html.count("prefers-color-scheme: dark") == 3  # the style, and each picture
+    assert html.count("prefers-color-scheme: dark") == 5  # the style, two pictures of two sizes
 
 
 def test_names_are_escaped(swept: Swept) -> None:
