@@ -12,8 +12,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from slimfuse_export.errors import ExportError
 from slimfuse_export.graph import load_model, model_bytes, shape_of
 from slimfuse_export.metadata import STANDARD, Metadata, min_onnxruntime, opset_of, read_metadata
+from slimfuse_export.sessions import first_line
 
 _PACKED = "MatMulNBits"  # several weights in a byte
 _MIN_DIMS = 2  # biases and scales are no weights
@@ -52,6 +54,16 @@ def inspect_model(path: str | os.PathLike[str]) -> ModelFacts:
     Raises: ExportError for a missing or corrupt file, or one newer than this tool knows.
     """
     model = load_model(path)
+    try:
+        return _facts(path, model)
+    except (ValueError, StopIteration, OverflowError, TypeError) as error:
+        raise ExportError(
+            "the file's weights are not what it says of them", where=path, got=first_line(error),
+            hint="export the model again; slimfuse-export check says more",
+        ) from error  # fmt: skip
+
+
+def _facts(path: str | os.PathLike[str], model: onnx.ModelProto) -> ModelFacts:
     graph = model.graph
     packed = {
         node.input[1]: next(a.i for a in node.attribute if a.name == "bits")
