@@ -9,13 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 from commands import check, commands
+from deployed_folders import colours
 from pages import FENCE, HOME, PAGES, README, Fenced, fenced, links
 from PIL import Image
 from ruamel.yaml import YAML
 from slimfuse_export import save_reference
 from slimfuse_export.references import reference_cases
-from tiny_deployed import save_vit
-from transformers import AutoModelForImageClassification
 
 import slimfuse
 from slimfuse.errors import RecipeError
@@ -132,7 +131,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = Path("photos", "test", label)
         folder.mkdir(parents=True)
         Image.new("RGB", (8, 8), "red").save(folder / "0.png")
-    model = save_vit(Path("runs/mine/model").absolute(), AutoModelForImageClassification)
+    model = colours(Path("runs/mine/model").absolute())
     save_reference(model / "onnx" / "samples.npz", reference_cases(model))
     row = Row("onnx", "onnx", {"accuracy": Figure(0.9)}, 10, 10, 10)
     report = Report("mine", "mine.yaml", "slimfuse compress mine.yaml", "", (row,))
