@@ -19,7 +19,8 @@ TAKEN = (
     "recipes/*.md", "export/README.md", "export/web/README.md", "CHANGELOG.md", "CONTRIBUTING.md",
     "docs/accelerate/*",
 )  # fmt: skip
-LINK = re.compile(r"(\]\()([^)\s:#]+)((?:#[^)\s]*)?\))")
+LINK = re.compile(r"`[^`\n]*`|(\]\()([^)\s:#]+)((?:#[^)\s]*)?\))")
+"""A link's target, or code, which holds none."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
@@ -40,6 +41,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     home = posixpath.dirname(_in_repository(source))
 
     def moved(match: re.Match[str]) -> str:
+        if match[2] is None:
+            return match[0]
         target = _in_site(posixpath.normpath(posixpath.join(home, match[2])), files)
         return f"{match[1]}{posixpath.relpath(target, posixpath.dirname(source) or '.')}{match[3]}"
 

@@ -48,7 +48,7 @@ def _tables(
         place = f"{path}{key}" + ("[]" if _is_list(told) else "")
         name = inner.rpartition("/")[2] if inner else ""
         kind = f"keys of {seen.get(name, place)}" if inner else describe(schema, told)
-        if "pattern" in told:
+        if "text like" in kind:
             kind = f"`{kind}`"
         default = _default(fields[key])
         text = told.get("description", fields[key].description or "")
@@ -98,7 +98,8 @@ def _default(field: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("[", "\\[")
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if text.startswith("`") else text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def fenced(page: Path) -> list[Fenced]:
 
 def links(text: str) -> list[str]:
     """Return the targets of a text's links and pictures, without their anchors."""
-    return [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    prose = re.sub(r"`[^`\n]*`", "", text)
+    return [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose)]
 
 
 def passages(page: Path, text: str | None = None) -> Iterator[Passage]:
