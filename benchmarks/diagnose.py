@@ -81,7 +81,11 @@ def one(size: str, tokenizer: Path) -> dict[str, object]:
         assert os.waitstatus_to_exitcode(status) == 0
         seconds = time.perf_counter() - begun
         tables = json.loads((Path(place) / "tables.json").read_text())
-    seen = [f"{t['title'].split(' parent')[0]}: {t['conditions'].split(',')[0]}" for t in tables]
+    seen = [
+        f"{t['title'].split(' parent')[0]}: {t['conditions'].split(',')[0]}"
+        for t in tables
+        if t["conditions"][0].isdigit()
+    ]
     unit = 2**20 if sys.platform != "darwin" else 2**30
     assert isinstance(usage, resource.struct_rusage)
     return {"size": size, "params": params, "seconds": seconds, "gib": usage.ru_maxrss / unit,

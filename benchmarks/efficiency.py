@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from common import machine, settle, write
-from kept import Figures, Kept, average, spread
+from kept import Figures, Kept, average, kept_parser, spread
 from plots import Line, Panel, draw
-from quality import CASES, RATES, SETTINGS
-from saliency_fusion import _only as only
+from quality import CASES, QUICK, RATES, SETTINGS
+from saliency_fusion import parent_folder
 from variants import measure, seeded
 
 from slimfuse.pipeline.common import Part
@@ -22,11 +22,17 @@ from slimfuse.tasks import Samples
 
 OUT = Path("runs/bench-efficiency")
 SEEDS = (0, 1, 2)
-CALIBRATION = (16, 64, 256, 1024, 4096)
+DEFAULT = 512  # calibration images of the finetuned rows
+CALIBRATION = (16, 64, 256, DEFAULT, 1024, 4096)
 EPOCHS = (0.25, 0.5, 1.0, 2.0, 3.0)
 BATCH, TRAIN = 64, 8000
 STARTS = {"refit of both": (), "random start": ("fuse.method=random",)}
 RATE = {"refit of both": RATES[0], "random start": RATES[-1]}
+
+
+def home(quick: bool) -> Path:
+    """Return where rows are kept."""
+    return OUT.with_name(f"{OUT.name}-quick") if quick else OUT
 
 
 class Bench:
@@ -35,10 +41,10 @@ class Bench:
     def __init__(self, seed: int, arguments: argparse.Namespace) -> None:
         case, runs = CASES["vit"], Path(arguments.runs)
         following = (seed + 1) % len(SEEDS)
-        a, b = (only(runs, p.format(seed=seed, next=following)) for p in case.parents)
-        self.recipe, self.out = case.recipe, OUT / str(seed)
+        a, b = (parent_folder(runs, p.format(seed=seed, next=following)) for p in case.parents)
+        self.recipe, self.out = case.recipe, home(arguments.quick) / str(seed)
         self.shared = (
-            *seeded(seed, arguments.threads), *SETTINGS,
+            *seeded(seed, arguments.threads), *SETTINGS, *(QUICK if arguments.quick else ()),
             f"parents=[{{name: a, from: {a}}}, {{name: b, from: {b}}}]",
         )  # fmt: skip
         self.samples: dict[Part, Samples] = {}
@@ -68,23 +74,22 @@ def rows_of() -> dict[str, tuple[tuple[str, ...], int]]:
 
 def main() -> None:
     """Measure what is asked for; write the table once all is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
-    parser.add_argument("--runs", default="runs", help="the folder that the parents lie in")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
-    arguments = parser.parse_args()
+    arguments = kept_parser(SEEDS, __doc__).parse_args()
     torch.set_num_threads(arguments.threads)
-    kept = Kept(OUT / "found.json", {"settings": SETTINGS}, fresh=arguments.fresh)
+    quick = arguments.quick
+    kept = Kept(home(quick) / "found.json", {"settings": SETTINGS}, fresh=arguments.fresh)
     rows = rows_of()
+    if quick:
+        rows = {name: (changes, min(steps, 2)) for name, (changes, steps) in rows.items()}
     for seed in arguments.seeds:
         bench = Bench(seed, arguments)
         for name, (changes, steps) in rows.items():
             kept.row(name.format(seed=seed), lambda c=changes, s=steps, b=bench: b.child(c, s))
-    if any(name.format(seed=seed) not in kept.rows for name in rows for seed in SEEDS):
+    if quick or any(name.format(seed=seed) not in kept.rows for name in rows for seed in SEEDS):
         return
     found = {name: kept.over(SEEDS, name, "accuracy") for name in rows}
     shots = [found[f"{{seed}}: {n} calibration samples"] for n in CALIBRATION]
+    untrained = shots[CALIBRATION.index(DEFAULT)]
     curves = {
         name: [found[f"{{seed}}: {name}, {e:g} epochs"] for e in EPOCHS] for name in STARTS
     }  # fmt: skip
@@ -95,7 +100,7 @@ def main() -> None:
         "| calibration images, no training | accuracy |", "| --- | --- |",
         *(f"| {n} | {spread(v)} |" for n, v in zip(CALIBRATION, shots, strict=True)), "",
         f"| epochs of {TRAIN:,} images | {' | '.join(STARTS)} |", "| --- | --- | --- |",
-        f"| 0 | {spread(shots[2])} (256 images) | |",
+        f"| 0 | {spread(untrained)} | |",
         *(
             f"| {e:g} | " + " | ".join(spread(curves[n][i]) for n in STARTS) + " |"
             for i, e in enumerate(EPOCHS)
@@ -116,7 +121,9 @@ def main() -> None:
     settle(
         {
             "64 images are within a point of 4 096": average(shots[-1]) - average(shots[1]) < 1,
-            "a refit without training is above a random start's three epochs": average(shots[2])
+            "a refit without training is above a random start's three epochs": average(
+                shots[CALIBRATION.index(DEFAULT)]
+            )
             > average(curves["random start"][-1]),
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,25 @@ class Kept:
         """Return a figure by seed, of the rows that are there; {seed} in the name is the seed."""
         names = {seed: name.replace("{seed}", str(seed)) for seed in seeds}
         return {seed: self.rows[n][key] for seed, n in names.items() if n in self.rows}
+
+
+def kept_parser(seeds: Sequence[int], description: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark of kept rows can be asked."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, nargs="*", default=seeds)
+    parser.add_argument("--runs", default="runs", help="the folder that the trained models lie in")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
+    parser.add_argument("--quick", action="store_true", help="a few samples, and no file written")
+    return parser
+
+
+def only(runs: Path, pattern: str, maker: str) -> Path:
+    """Return the one finished folder of a pattern; maker: the benchmark that makes it."""
+    found = [f for f in runs.glob(pattern) if f.suffix != ".partial"]
+    if len(found) != 1:
+        raise SystemExit(f"{pattern} isn't in {runs}: benchmarks/{maker} makes it")
+    return found[0].resolve()
 
 
 def spread(values: Mapping[int, float], digits: int = 1) -> str:

@@ -38,7 +38,6 @@ from slimfuse.pipeline.answering import kind_of
 from slimfuse.pipeline.forecasting import forecast_ranking
 from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.run import quiet
-from slimfuse.recipe.diagnosing import Diagnose
 from slimfuse.tasks import ask
 
 RUNS = (
@@ -134,7 +133,7 @@ def measure(recipe: Path, run: Path, folder: Path, limit: int, seconds: float) -
         if not static.exists():
             write_mode(onnx, static, "static", plan=plan, inputs=inputs)
         rankings = {
-            "forecast": forecast_ranking(job, run / "model", onnx, mode, Diagnose()),
+            "forecast": forecast_ranking(job, run / "model", onnx, mode),
             "noise": noisy,
             **debug_rankings(onnx, static, noisy, inputs, folder),
         }

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from common import machine, settle, write
-from kept import Figures, Kept, ahead, average, clear, spread
+from kept import Figures, Kept, ahead, average, clear, kept_parser, spread
 from peers import torch_pruned
-from saliency_fusion import _only as only
+from saliency_fusion import parent_folder
 from variants import accuracy, measure, seeded
 
 from slimfuse.pipeline.common import Part
@@ -71,7 +71,7 @@ class Bench:
     def __init__(self, kind: str, seed: int, arguments: argparse.Namespace, out: Path) -> None:
         self.case, self.out, runs = CASES[kind], out / f"{kind}-{seed}", Path(arguments.runs)
         following = (seed + 1) % len(SEEDS)
-        a, b = (only(runs, p.format(seed=seed, next=following)) for p in self.case.parents)
+        a, b = (parent_folder(runs, p.format(seed=seed, next=following)) for p in self.case.parents)
         self.folders = {"a": a, "b": b}
         self.shared = (
             *seeded(seed, arguments.threads), *SETTINGS, *(QUICK if arguments.quick else ()),
@@ -163,14 +163,9 @@ def name_of(kind: str, way: str, rate: float) -> str:
 
 def parsed() -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = kept_parser(SEEDS, __doc__)
     parser.add_argument("--tasks", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
-    parser.add_argument("--runs", default="runs", help="the folder that the parents lie in")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
-    parser.add_argument("--quick", action="store_true", help="a few samples, and no file written")
     return parser.parse_args()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from common import machine, write
-from kept import Figures, Kept, ahead, clear, spread
+from kept import Figures, Kept, ahead, clear, kept_parser, only, spread
 from variants import measure, seeded
 
 from slimfuse.pipeline.common import Part
@@ -114,7 +114,7 @@ class Bench:
         self.steps = QUICK_STEPS if arguments.quick else STEPS
         runs = Path(arguments.runs)
         following = (seed + 1) % len(SEEDS)
-        a, b = (_only(runs, p.format(seed=seed, next=following)) for p in self.case.parents)
+        a, b = (parent_folder(runs, p.format(seed=seed, next=following)) for p in self.case.parents)
         self.shared = (
             *seeded(seed, arguments.threads),
             *(QUICK if arguments.quick else (*SETTINGS, *self.case.changes)),
@@ -122,7 +122,7 @@ class Bench:
         )  # fmt: skip
         self.anchor: tuple[str, ...] = ()
         if self.case.anchor:
-            home = _only(runs, self.case.anchor.format(seed=seed))
+            home = parent_folder(runs, self.case.anchor.format(seed=seed))
             self.anchor = ("fuse.method=ot", f"fuse.ot.anchor={{from: {home}}}")
         self.samples: dict[Part, Samples] = {}
 
@@ -143,13 +143,9 @@ class Bench:
         return {p: found[f"parent {p}"] for p in "ab"}
 
 
-def _only(runs: Path, pattern: str) -> Path:
-    """Return the one finished folder of a pattern."""
-    found = [f for f in runs.glob(pattern) if f.suffix != ".partial"]
-    if len(found) != 1:
-        maker = "zoo.py" if pattern.startswith("zoo") else "stream_maps.py"
-        raise SystemExit(f"{pattern} isn't in {runs}: benchmarks/{maker} makes it")
-    return found[0].resolve()
+def parent_folder(runs: Path, pattern: str) -> Path:
+    """Return where a trained parent lies."""
+    return only(runs, pattern, "zoo.py" if pattern.startswith("zoo") else "stream_maps.py")
 
 
 def variants(kind: str, size: str) -> Mapping[str, tuple[str, ...]]:
@@ -166,14 +162,9 @@ def name_of(kind: str, size: str, variant: str) -> str:
 
 def parsed() -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser()
+    parser = kept_parser(SEEDS)
     parser.add_argument("--families", nargs="*", default=ASKED, choices=list(CASES))
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
-    parser.add_argument("--runs", default="runs", help="the folder that the parents lie in")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
-    parser.add_argument("--quick", action="store_true", help="a few samples, and no file written")
     return parser.parse_args()
 
 

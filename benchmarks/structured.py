@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import machine, write
-from kept import Figures, Kept, ahead, average, clear, spread
+from kept import Figures, Kept, ahead, average, clear, kept_parser, spread
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -204,13 +204,8 @@ def settings_of(method: str, axis: str) -> Settings:
 
 def parsed() -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser()
+    parser = kept_parser(SEEDS)
     parser.add_argument("--families", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
-    parser.add_argument("--runs", default="runs", help="the folder that the trained models lie in")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
-    parser.add_argument("--quick", action="store_true", help="a few samples, and no file written")
     return parser.parse_args()
 
 

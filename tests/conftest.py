@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import random_vit
 from tiny_run import save_parent, write_recipe
 from torch import nn
 
+from slimfuse import cli
 from slimfuse.pipeline import Run, compress
 from slimfuse.stock import one_process
 
@@ -19,6 +21,23 @@ from slimfuse.stock import one_process
 def vit() -> nn.Module:
     """A random float64 ViT."""
     return random_vit()
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `slimfuse ARGUMENTS` here; returns exit code, stdout and stderr."""
+
+    def start(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["slimfuse", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        assert isinstance(done.value.code, int)
+        return done.value.code, *capsys.readouterr()
+
+    return start
 
 
 @pytest.fixture(scope="session", autouse=True)

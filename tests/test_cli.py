@@ -27,21 +27,6 @@ from slimfuse.stock import Verified
 Ran = tuple[int, str, str]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Run `slimfuse ARGUMENTS` here; returns exit code, stdout and stderr."""
-
-    def start(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["slimfuse", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        assert isinstance(done.value.code, int)
-        return done.value.code, *capsys.readouterr()
-
-    return start
-
-
 def test_a_new_process_answers_at_once_and_without_torch() -> None:
     script = (
         "import sys; sys.argv = ['slimfuse', '--help']\n"

@@ -15,7 +15,6 @@ from slimfuse.pipeline import Run
 from slimfuse.pipeline.forecasting import forecast_ranking, products_of
 from slimfuse.pipeline.job import prepare
 from slimfuse.recipe import Recipe, load_recipe
-from slimfuse.recipe.diagnosing import Diagnose
 
 
 def test_layers_find_their_products_however_they_lie() -> None:
@@ -36,7 +35,7 @@ def test_every_product_of_a_run_is_ranked(finished: Run, tiny_recipe, mode: Mode
     assert isinstance(loaded, Recipe)
     job = prepare(loaded, tiny_recipe)
     onnx = finished.model / "onnx" / "model.onnx"
-    ranked = forecast_ranking(job, finished.model, onnx, mode, Diagnose(samples=4))
+    ranked = forecast_ranking(job, finished.model, onnx, mode, samples=4)
     assert sorted(ranked) == sorted(product_weights(onnx))
     model = job.family.load(finished.model, attention="eager")
     assert len(ranked) == len(linear_layers(model))

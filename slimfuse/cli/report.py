@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -34,8 +35,6 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Draw the page of a finished run again from its figures, or compare several runs."""
-    import json
-
     from slimfuse.report import (
         Report,
         compare_runs,

@@ -38,7 +38,6 @@ from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.stages import ANSWERS, BaseStages
 from slimfuse.progress import track, working
 from slimfuse.recipe import AnyRecipe
-from slimfuse.recipe.diagnosing import Diagnose
 from slimfuse.report import Tried
 from slimfuse.store import Stage, Store
 from slimfuse.tasks import Evidence, Task, ask
@@ -47,7 +46,7 @@ PARITY_BATCHES = (1, 3, 5)  # the graph is traced with 2
 PARITY_RTOL = 1e-4
 CHILDREN = ("onnx", "onnx-int8")
 DENSE = "finetuned"  # timed where the children are sparse
-BENCH, TRIALS = "bench.json", "trials.json"
+BENCH, TRIALS, RANKING = "bench.json", "trials.json", "ranking.json"
 CALIBRATION = 64  # training samples that static ranges come from
 File = tuple[Path, str]
 """An ONNX file, and what its content is known by."""
@@ -148,15 +147,19 @@ class Deployment:
 
         The dearest by the forecast of a child's layers go first, then those with most noise.
         """
-        onnx = exported.path / "model.onnx"
-        with working("finding what must stay in float32"):
-            cases = [case.inputs for case in load_reference(exported.path / "samples.npz")]
-            noise = product_noise(onnx, quantised.path / "model_quantized.onnx", cases)
-            ranked = [one.product for one in noise]
-            if isinstance(self.job, Job):
-                spec = self.job.recipe.diagnose or Diagnose()
-                ranked = [*forecast_ranking(self.job, child, onnx, self.mode[0], spec), *ranked]
-        for kept in fallbacks(list(dict.fromkeys(ranked))):
+
+        def build(folder: Path) -> None:
+            onnx = exported.path / "model.onnx"
+            with working("finding what must stay in float32"):
+                cases = [case.inputs for case in load_reference(exported.path / "samples.npz")]
+                noise = product_noise(onnx, quantised.path / "model_quantized.onnx", cases)
+                ranked = [one.product for one in noise]
+                if isinstance(self.job, Job):
+                    ranked = [*forecast_ranking(self.job, child, onnx, self.mode[0]), *ranked]
+            (folder / RANKING).write_text(json.dumps(list(dict.fromkeys(ranked))))
+
+        stage = self.store.stage("float-ranking", self.base | {"int8": quantised.key}, build)
+        for kept in fallbacks(json.loads((stage.path / RANKING).read_text())):
             yield kept, self.quantised(exported, "int8-mixed", keep_float=kept)
 
     def _calibration(self) -> list[dict[str, Any]]:

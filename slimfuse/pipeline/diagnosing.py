@@ -232,20 +232,20 @@ class Diagnosing:
     # -- §4 ----------------------------------------------------------------------------------
 
     def rounded(
-        self, schemes: Mapping[str, Scheme]
+        self, schemes: Mapping[str, Scheme], patience: Patience
     ) -> tuple[list[LayerForecast], dict[str, Estimate]]:
         """Return what rounding each product of the last model costs, and all of them together."""
         model = self.subjects[-1].model
         return by_layer(
             model, self._batches(1), linear_layers(model), schemes, self.kind, self.read,
-            probes=self.spec.probes, seed=self.spec.seed, patience=self._patience("rounding"),
+            probes=self.spec.probes, seed=self.spec.seed, patience=patience,
         )  # fmt: skip
 
     def rounding(self) -> list[Finding]:
         """Say what rounding each product of the last model costs."""
         one = self.subjects[-1]
         schemes = {"int8": INT8, "int4": INT4}
-        found, every = self.rounded(schemes)
+        found, every = self.rounded(schemes, self._patience("rounding"))
         kept = {what: in_float(found, what, TOLERATED) for what in schemes}
         rows = []
         for t in sorted(found, key=lambda t: -t.costs["int8"].value):

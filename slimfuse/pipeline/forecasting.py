@@ -13,22 +13,27 @@ from slimfuse_export import product_weights
 from slimfuse_export.quantization import Mode
 from torch import nn
 
+from slimfuse.diagnose.probing import Patience
 from slimfuse.diagnose.rounding import INT4, INT8, dearest, linear_layers, matrix
 from slimfuse.pipeline.diagnosing import Diagnosing, subject
 from slimfuse.pipeline.job import Job
 from slimfuse.recipe.diagnosing import Diagnose
 
+SAMPLES = 64
 SCHEMES = {"dynamic": INT8, "static": INT8, "int4": INT4}  # static ranges round much the same
 
 
-def forecast_ranking(job: Job, folder: Path, onnx: Path, mode: Mode, spec: Diagnose) -> list[str]:
+def forecast_ranking(
+    job: Job, folder: Path, onnx: Path, mode: Mode, samples: int = SAMPLES
+) -> list[str]:
     """Return the products of a saved model's ONNX file, those first that must stay float.
 
     Ranked by the KL that rounding each is expected to cost, a number of its weights; no labels, no
-    quantised file. Products that no layer has the weights of are left out.
+    quantised file. Products that no layer has the weights of are left out. samples: held-out ones,
+    with one probe each, however long they take, so that equal inputs give equal lists.
     """
-    diagnosing = Diagnosing(job, spec, [subject(job, "child", folder)])
-    found, _ = diagnosing.rounded({mode: SCHEMES[mode]})
+    diagnosing = Diagnosing(job, Diagnose(samples=samples), [subject(job, "child", folder)])
+    found, _ = diagnosing.rounded({mode: SCHEMES[mode]}, Patience())
     layers = linear_layers(diagnosing.subjects[0].model)
     known = products_of(layers, product_weights(onnx))
     return [known[one.layer] for one in dearest(found, mode) if one.layer in known]

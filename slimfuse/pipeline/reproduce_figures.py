@@ -10,7 +10,6 @@ from slimfuse.report import Figure, Latency, Report, Row
 
 MACHINE = ("cpu", "machine", "torch threads", "training precision")
 """What of a report's environment the last digits depend on, beside the versions."""
-CHOSEN_BY_TIME = "onnx-int8"  # which file it is may have been decided by how fast it was
 
 
 @dataclass(frozen=True)
@@ -63,21 +62,17 @@ def compare_reports(then: Report, now: Report, *, exact: bool) -> tuple[Compared
     for row in then.rows:
         again = found.pop(row.name, None)
         if again is None:
-            made.append(Compared(row.name, "a row", "none", _unless_timed(row)))
+            made.append(Compared(row.name, "a row", "none", False))
         else:
             made += _compare_rows(row, again, exact=exact and not _timed(row, then))
-    made += [Compared(name, "none", "a row", _unless_timed(row)) for name, row in found.items()]
+    made += [Compared(name, "none", "a row", False) for name in found]
     return tuple(made)
 
 
-def _unless_timed(row: Row) -> bool | None:
-    return None if row.name == CHOSEN_BY_TIME else False
-
-
 def _timed(row: Row, report: Report) -> bool:
-    """Tell whether a measured latency may have chosen the row's file."""
+    """Tell whether a measured latency may have chosen the row's graph: `export.optimize`."""
     export = dict(report.settings.get("recipe") or {}).get("export") or {}
-    return row.name == CHOSEN_BY_TIME or (row.stage == "onnx" and bool(export.get("optimize")))
+    return row.stage.startswith("onnx") and bool(export.get("optimize"))
 
 
 def _compare_rows(then: Row, now: Row, *, exact: bool) -> Iterator[Compared]:

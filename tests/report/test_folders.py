@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from report.fakes import fake_report, fake_sweep, quick_report
 from report.test_page import Page
 
-from slimfuse import cli
 from slimfuse.errors import UserError
 from slimfuse.report import compare_runs, folders, load, redraw, to_json, verdict
 from slimfuse.report.sweep_rows import SCHEMA as SWEEP
@@ -21,18 +20,9 @@ Ran = tuple[int, str, str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+def run(run: Callable[..., Ran]) -> Callable[..., Ran]:
     """Run `slimfuse report ARGUMENTS` here; returns exit code, stdout and stderr."""
-
-    def start(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["slimfuse", "report", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        assert isinstance(done.value.code, int)
-        return done.value.code, *capsys.readouterr()
-
-    return start
+    return partial(run, "report")
 
 
 def folder(root: Path, name: str = "run", text: str | None = None) -> Path:
