@@ -30,7 +30,7 @@ from slimfuse.store import Store
 from slimfuse.tasks import Samples
 
 OUT = Path("runs/bench-quality")
-SEEDS, BUDGETS, RATES = (0, 1, 2), (100, 300), (5e-4, 1e-3, 2e-3)
+SEEDS, BUDGETS, RATES = (0, 1, 2), (150, 300), (5e-4, 1e-3, 2e-3)
 SETTINGS = ("data.calibration.samples=512", "data.limit={train: 8000, test: 5000}", "gates=[]",
             "baselines=[]", "target={hidden_size: 0.5, intermediate_size: 0.5}")  # fmt: skip
 QUICK = ("data.calibration.samples=64", "data.limit={train: 400, test: 200}")
