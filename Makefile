@@ -8,7 +8,7 @@ SOURCES := slimfuse export tests benchmarks
 
 .PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist \
 	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
-	bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
+	bench-widths bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
 	bench-distillation bench-sweep bench-processes bench-protect bench-trends bench-deployment \
 	bench-serving bench-spectral-budget bench-mixed-precision \
@@ -44,6 +44,9 @@ bench-equal-width: install
 
 bench-knowledge: install
 	$(BIN)/python benchmarks/knowledge.py
+
+bench-widths: install
+	$(BIN)/python benchmarks/widths.py
 
 bench-halves: install
 	$(BIN)/python benchmarks/halves.py

@@ -37,7 +37,8 @@ def main() -> None:
             steps=STEPS,
             overrides=(
                 f"parents=[{{name: a, from: {zoo}/fashion-{{seed}}-a}}]",
-                "finetune.distill.teachers=[a]", "data.calibration.samples=1024",
+                "finetune.distill.teachers=[a]", "data.calibration.samples=512",
+                "data.limit.train=8000",
                 f"target={{budget: {{params: {budget}}}}}",
                 f"runtime.threads={arguments.threads}", "gates=[]",
             ),

@@ -79,15 +79,16 @@ def anchor(seed: int) -> Path:
     return vit(f"anchor-{seed}", data, data.train, NARROW, seed=100 + seed, epochs=3)
 
 
-def some_classes(seed: int, first: int, count: int = 5) -> Path:
+def some_classes(seed: int, first: int, count: int = 5, shape: Shape = WIDE) -> Path:
     """Return a ViT trained on the images of `count` classes from `first` on, and no others."""
     data = load_fashion_mnist()
     wanted = np.flatnonzero((data.train.labels >= first) & (data.train.labels < first + count))
     split = data.train.take(wanted)
     split = Split(split.items, split.labels - first)
+    named = "" if shape == WIDE else f"-{shape.hidden_size}"
     return vit(
-        f"classes-{first}-{first + count - 1}-seed-{seed}", data, split, WIDE, seed=10 * seed
-        + first, epochs=2, classes=data.classes[first : first + count],
+        f"classes-{first}-{first + count - 1}-seed-{seed}{named}", data, split, shape,
+        seed=10 * seed + first, epochs=2, classes=data.classes[first : first + count],
     )  # fmt: skip
 
 
