@@ -95,8 +95,8 @@ def main() -> None:
         f"by the calibrated union of both parents on unlabelled images (hardness 1) for {STEPS} "
         f"steps. 10,000 test images over ten classes, in % ± half the 95 % interval over "
         f"{len(SEEDS)} seeds (Student's t), each with parents of its own; behind, the lead of "
-        f"`{BOTH}`, paired by seed. A subclone, structured pruning and an average take one width. Made by "
-        "`make bench-widths`.", "",
+        f"`{BOTH}`, paired by seed. A subclone, structured pruning and an average take "
+        "one width. Made by `make bench-widths`.", "",
         f"| model | {' | '.join(heads)} |", "| --- | --- | --- |",
     ]  # fmt: skip
     lines += [
