@@ -24,7 +24,7 @@ from zoo import some_classes
 from slimfuse.data import Split
 from slimfuse.diagnose.curvature import difference, forecast, measured
 from slimfuse.diagnose.isolation import Protection, subspaces
-from slimfuse.finetune.distill import labels_loss
+from slimfuse.finetune.distill import Loss, labels_loss
 from slimfuse.finetune.loop import best_precision, fit
 from slimfuse.finetune.schedule import Schedule
 from slimfuse.pipeline.answering import reading
@@ -37,9 +37,10 @@ from slimfuse.store import Store
 RECIPE = Path("recipes/vit/fashion-mnist.yaml")
 OUT = Path("runs/bench-protect")
 SEEDS = (0, 1, 2)
-ENERGIES = (None, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
+ENERGIES = (None, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999, 0.99999, 1.0)
 SHARES = (0.1, 0.25, 0.5, 0.75)
 STEPS, PROTECTED, HELD_OUT = 300, 256, 1000
+TEMPERATURE, REPLAY = 2.0, "{seed}: replay"
 BOTH = "{hardness: 1.0, temperature: 2.0}"
 
 
@@ -85,6 +86,7 @@ class Bench:
         self.samples = job.task.samples(new, job.processor)
         kept = job.task.samples(old.sample(plan.protected, seed), job.processor)
         self.tests = [job.task.samples(s, job.processor) for s in tests]
+        self.protected = kept
         self.chunks = [kept[c] for c in torch.arange(len(kept)).split(64)]
         held = job.task.samples(judged, job.processor)
         self.pairs = [job.task.examples(held, c) for c in torch.arange(len(held)).split(64)]
@@ -98,19 +100,11 @@ class Bench:
 
         Of the free one also by how far it goes from the start, by the share of the way.
         """
-        model, plan, protection = copy.deepcopy(self.start), self.plan, None
+        model, protection = copy.deepcopy(self.start), None
         if energy is not None:
             spaces = subspaces(self.start, lambda: self.chunks, energy=energy)
             protection = Protection(model, spaces)
-        file = self.out / "training.safetensors"
-        file.unlink(missing_ok=True)
-        fit(
-            model, labels_loss(self.task, lambda i: self.task.examples(self.samples, i)),
-            len(self.samples), Schedule(plan.steps, 64, 5e-4, seed=self.seed),
-            precision=best_precision(), checkpoint=file, what=f"energy {energy}",
-            constraint=protection,
-        )  # fmt: skip
-        file.unlink()
+        self.fit(model, self.loss, f"energy {energy}", protection)
         told = forecast(self.start, self.pairs, difference(self.start, model), "classes", self.read)
         rise, _, _ = measured(self.start, model, self.pairs, "classes", self.read)
         _, _, most = measured(
@@ -123,6 +117,42 @@ class Bench:
             "forecast": told.total.value,
         }  # fmt: skip
         return found if protection is not None else found | self.between(model)
+
+    def loss(self, model: nn.Module, indices: Tensor) -> Tensor:
+        """Return the loss against the new task's labels."""
+        return labels_loss(self.task, lambda i: self.task.examples(self.samples, i))(model, indices)
+
+    def fit(
+        self, model: nn.Module, loss: Loss, what: str, protection: Protection | None = None
+    ) -> None:
+        """Train a model on the new task."""
+        file = self.out / "training.safetensors"
+        file.unlink(missing_ok=True)
+        fit(
+            model, loss, len(self.samples), Schedule(self.plan.steps, 64, 5e-4, seed=self.seed),
+            precision=best_precision(), checkpoint=file, what=what, constraint=protection,
+        )  # fmt: skip
+        file.unlink()
+
+    def replayed(self) -> Figures:
+        """Return what a child keeps and learns that is taught its old answers on the same images.
+
+        Each step sees 64 of the protected images beside 64 new ones: twice the work.
+        """
+        model, generator = copy.deepcopy(self.start), torch.Generator().manual_seed(self.seed)
+
+        def loss(model: nn.Module, indices: Tensor) -> Tensor:
+            draw = torch.randperm(len(self.protected), generator=generator)[: len(indices)]
+            given = self.protected[draw].arguments
+            with torch.no_grad():
+                answers = self.start(**given).logits
+            judge = self.task.criterion
+            before = judge.combine([answers], [1.0], TEMPERATURE)
+            told = judge.taught(model(**given).logits, before, TEMPERATURE)
+            return self.loss(model, indices) + told
+
+        self.fit(model, loss, "replay")
+        return self.both(model)
 
     def between(self, model: nn.Module) -> Figures:
         """Return what the weights between the start's and a model's know, by the share of it."""
@@ -166,7 +196,8 @@ def main() -> None:
         kept.row(f"{seed}: before", lambda b=bench: b.both(b.start))
         for energy in ENERGIES:
             kept.row(row_of(energy).format(seed=seed), lambda e=energy, b=bench: b.trained(e))
-    if small or any(row_of(ENERGIES[-1]).format(seed=s) not in kept.rows for s in SEEDS):
+        kept.row(REPLAY.format(seed=seed), bench.replayed)
+    if small or any(REPLAY.format(seed=s) not in kept.rows for s in SEEDS):
         return
     write("protect", {"rows": kept.rows, "machine": machine(), "seeds": SEEDS}, page(kept))
     picture(kept)
@@ -201,6 +232,9 @@ def page(kept: Kept) -> str:
         cells = [cell(row_of(None), f"{key} {share:g}") for key in ("old", "new")]
         told = f"control: {share:.0%} of the way from before to nothing protected"
         lines.append(f"| {told} | | {' | '.join(cells)} | | | |")
+    cells = [cell(REPLAY, key) for key in ("old", "new")]
+    told = "control: the old answers on the protected images in every step's loss"
+    lines.append(f"| {told} | | {' | '.join(cells)} | | | |")
     return "\n".join(
         [
             "# What a child forgets, and what protecting its answers costs",
@@ -210,8 +244,8 @@ def page(kept: Kept) -> str:
             f"{STEPS} steps on the labels of classes 5–9 alone. {PROTECTED} images of classes 0–4 "
             f"are protected. {len(SEEDS)} seeds, ± half the 95 % interval (Student's t); old and "
             "new: test images of classes 0–4 and 5–9, over all ten answers; rise (nats) and "
-            f"forecast on {HELD_OUT} test images. The control needs no protected images: every "
-            "weight is that share of the way. Made by `make bench-protect`.",
+            f"forecast on {HELD_OUT} test images. The first control needs no protected images: "
+            "every weight is that share of the way. Made by `make bench-protect`.",
             "",
             *lines,
             "",
@@ -240,7 +274,8 @@ def picture(kept: Kept) -> None:
             Panel(
                 "300 steps on classes 5–9", "new task (classes 5–9), %", "old task (0–4), %",
                 [line("protected answers, energy 0 to 1", dial, "o-"),
-                 line("weights between before and after", ways, "s--")],
+                 line("weights between before and after", ways, "s--"),
+                 line("old answers taught on the same images", [(REPLAY, "")], "^")],
             )
         ],
     )  # fmt: skip
