@@ -225,10 +225,11 @@ def markdown(kept: Kept) -> tuple[list[str], dict[str, bool]]:
         "training samples (hard labels weighted as in the recipe), 64 a step, with the rate of "
         f"{', '.join(f'{r:g}' for r in RATES)} that is best for it after {BUDGETS[-1]} steps on "
         "the first seed's test set, which is named. 5,000 test samples, 512 calibration samples. "
-        "The mean of the parents' weights has their width: no way to a narrower model. The sparse way keeps the parent's width and "
-        "has as many non-zero weights as the child's layers: its file isn't faster. Torch-pruning "
-        "cuts the better parent by its own dependency graph, loaded into the stock class; Taylor "
-        "with 256 labelled samples. Made by `make bench-quality`.", "",
+        "The mean of the parents' weights has their width: no way to a narrower model. The "
+        "sparse way keeps the parent's width and has as many non-zero weights as the child's "
+        "layers: its file isn't faster. Torch-pruning cuts "
+        "the better parent by its own dependency graph, loaded into the stock class; Taylor with "
+        "256 labelled samples. Made by `make bench-quality`.", "",
     ]  # fmt: skip
     claims: dict[str, bool] = {}
     for kind, case in CASES.items():
