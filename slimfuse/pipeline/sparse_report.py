@@ -116,7 +116,7 @@ def card(job: BaseJob, sparse: Sparse) -> str:
 
 def sparse_pictures(sparse: Sparse) -> list[Picture]:
     """Return where the zeros are, what they were expected to cost, and how training went on."""
-    found = [_zeros_picture(sparse)]
+    found = [_zeros_picture(sparse), *_saliency_picture(sparse)]
     if len(sparse.child.record["steps"]) > 1:
         found.append(_steps_picture(sparse))
     series = losses_of({made.row: made.stage for made in sparse.every})
@@ -155,6 +155,32 @@ def _zeros_picture(sparse: Sparse) -> Picture:
          "values": [100 * share for share in shares], "ylabel": "zeros, %"},
         "sparsity",
     )  # fmt: skip
+
+
+def _saliency_picture(sparse: Sparse) -> list[Picture]:
+    """Return how much of the saliency stayed in every layer, where it says something."""
+    made = sparse.child
+    records = [one for one in made.record["layers"] if one.get("saliency") is not None]
+    if not records or made.scorer == "random":
+        return []
+    shares = [100 * one["saliency"] for one in records]
+    least = int(np.argmin(shares))
+    last = " of what the last step began with" * (len(made.record["steps"]) > 1)
+    zeros = 100 * (1 - records[least]["kept"] / records[least]["weights"])
+    return [
+        Picture(
+            "Saliency kept by layer",
+            f"By {made.scorer}, single weights added up{last}. Least: {records[least]['name']}, "
+            f"{shares[least]:.1f} % at {zeros:.1f} % zeros. Beside the zeros: where they cost "
+            "little they were cheap.",
+            f"Shares of the saliency kept in {len(records)} layers, from {min(shares):.1f} % to "
+            f"{max(shares):.1f} %.",
+            "bars",
+            {"labels": short_names([one["name"] for one in records]), "values": shares,
+             "ylabel": "saliency kept, %"},
+            "sparsity",
+        )
+    ]  # fmt: skip
 
 
 def _found(shares: Sequence[float]) -> bool:
