@@ -40,6 +40,7 @@ def render_html(report: Report) -> str:
         groups=_groups(report),
         pictured=any(one.image for one in report.examples),
         texted=any(one.text for one in report.examples),
+        labelled=any(one.label for one in report.examples),
         tree=tree(report.settings),
         passed=sum(gate.passed for gate in report.gates),
         environment=sorted(report.environment.items()),
