@@ -144,7 +144,9 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
     def timed(name: str) -> tuple[Latency, ...]:
         keys = Latency.__dataclass_fields__
         return tuple(
-            Latency(**{k: entry[k] for k in keys}) for entry in latencies if entry["name"] == name
+            Latency(**{k: entry[k] for k in keys if k in entry})
+            for entry in latencies
+            if entry["name"] == name
         )
 
     def figures(name: str) -> dict[str, Figure]:

@@ -39,6 +39,7 @@ def render_html(report: Report) -> str:
         speedups=_speedups(report),
         groups=_groups(report),
         pictured=any(one.image for one in report.examples),
+        intervals=any(words.p50_interval(x) for row in report.rows for x in row.latency),
         texted=any(one.text for one in report.examples),
         labelled=any(one.label for one in report.examples),
         tree=tree(report.settings),

@@ -42,7 +42,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Latency:
-    """Percentiles of `n` timed calls, in milliseconds per call of one batch."""
+    """Percentiles of `n` timed calls, in milliseconds per call of one batch.
+
+    p50_low_ms, p50_high_ms: the 95 % interval of the median, by the calls' order (see
+    `slimfuse_export.latency.median_interval`); None in reports before it was kept.
+    """
 
     threads: int
     batch: int
@@ -51,6 +55,15 @@ class Latency:
     p99_ms: float
     n: int
     noisy: bool = False
+    p50_low_ms: float | None = None
+    p50_high_ms: float | None = None
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The ends of p50's interval, p50 itself where it isn't known."""
+        if self.p50_low_ms is None or self.p50_high_ms is None:
+            return self.p50_ms, self.p50_ms
+        return self.p50_low_ms, self.p50_high_ms
 
 
 @dataclass(frozen=True)

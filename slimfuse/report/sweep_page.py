@@ -10,8 +10,9 @@ from slimfuse.report import words
 from slimfuse.report.html import page
 from slimfuse.report.panels import Drawn, drawn
 from slimfuse.report.rows import Row
-from slimfuse.report.scatter import accuracy_latency, accuracy_size
+from slimfuse.report.scatter import accuracy_latency, accuracy_size, level_bar
 from slimfuse.report.sweep_rows import Candidate, SweepReport
+from slimfuse.report.table import NARROW, WIDE
 
 
 def render_sweep(report: SweepReport) -> str:
@@ -60,8 +61,8 @@ def _plots(report: SweepReport) -> list[Drawn]:
     return [
         drawn(
             f"{metric.capitalize()} against latency, {where}",
-            f"{better.capitalize()} and to the left is better. {bars}, the level one runs from the "
-            f"p50 to the p90 latency. {tied}{small if unnamed else ''}.",
+            f"{better.capitalize()} and to the left is better. {bars}, "
+            f"{level_bar(points, report.threads, report.batch)}. {tied}{small if unnamed else ''}.",
             f"Scatter plot of {metric} against p50 latency at {where}: {_seen(report, 'time')}.",
             *by_time,
         ),
@@ -102,23 +103,31 @@ def sweep_table(report: SweepReport, *, width: int | None = None) -> Table:
         f"speed-up over {report.base}, with its 95 % interval · front: no other candidate is better"
     )
     table.caption_justify = "left"
-    table.add_column(Text("candidate"), overflow="fold", min_width=8)
+    limit = NARROW if width is not None and width < 100 else WIDE
+    table.add_column(Text("candidate"), no_wrap=True)
     table.add_column(Text(f"{report.metric} {unit}".strip()), justify="right", min_width=10)
-    for name in ("params", "size", "p50"):
+    for name in ("params", "size"):
         table.add_column(Text(name), justify="right", no_wrap=True)
+    table.add_column(Text("p50"), justify="right", min_width=7)
     table.add_column(Text("speed-up"), justify="right", min_width=9)
     if gated:
         table.add_column(Text("gates"))
     table.add_column(Text(""), min_width=5)
     for row in report.parents:
         told = "base" if row.name == report.base else "–"
-        table.add_row(*map(Text, _cells(report, row.name, row, told, *[""] * gated, "parent")))
+        name = words.folded(row.name, limit)
+        table.add_row(*map(Text, _cells(report, name, row, told, *[""] * gated, "parent")))
     for one in report.candidates:
         speed = one.speedup
         told = f"{speed.ratio:.2f}× {speed.low:.2f}–{speed.high:.2f}" if speed else "–"
         gates = [("passed" if one.passed else "FAILED")] * gated
         table.add_row(
-            *map(Text, _cells(report, one.name, one.row, told, *gates, mark(report, one)))
+            *map(
+                Text,
+                _cells(
+                    report, words.folded(one.name, limit), one.row, told, *gates, mark(report, one)
+                ),
+            )
         )
     return table
 
@@ -138,7 +147,4 @@ def _cells(report: SweepReport, name: str, row: Row, *more: str) -> list[str]:
 
 
 def _p50(report: SweepReport, row: Row) -> str:
-    found = row.at(report.threads, report.batch)
-    if found is None:
-        return "–"
-    return words.number(found.p50_ms) + ("~" if found.noisy else "")
+    return words.p50(row.at(report.threads, report.batch))
