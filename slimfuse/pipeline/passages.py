@@ -24,6 +24,7 @@ from slimfuse.tasks.texts import IDS
 FILE = "passages.json"
 GAP = "[?]"
 """What stands where a token was asked for."""
+NO_BREAK = "\u00a0"
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def _context(tokenizer: Any, ids: Tensor, spot: int, *, whole: bool) -> str:
 
 
 def _token(tokenizer: Any, number: int) -> str:
-    """Return a token in quotes, its blanks visible."""
-    return repr(tokenizer.decode([number]))
+    """Return a token in quotes, in one piece with its blanks."""
+    return repr(tokenizer.decode([number])).replace(" ", NO_BREAK)
 
 
 def _share(share: float) -> str:

@@ -140,7 +140,10 @@ def level_bar(rows: Sequence[Row], threads: int, batch: int) -> str:
     """Return what the level bars of `accuracy_latency` are, in a clause."""
     latencies = [row.at(threads, batch) for row in rows]
     if any(x is not None and x.p50_low_ms is not None for x in latencies):
-        return "the level one that of the p50 latency, drawn on thinly to the p90"
+        return (
+            "the level one that of the p50 latency, which a mark may hide, drawn on thinly to the "
+            "p90"
+        )
     return "the level one runs from the p50 to the p90 latency"
 
 

@@ -28,7 +28,8 @@ NARROW, WIDE = 14, 40
 """How long a name's lines may be on a terminal below 100 columns, and on others."""
 
 
-def _plain(title: str, conditions: str, width: int | None) -> Table:
+def plain_table(title: str, conditions: str, width: int | None) -> Table:
+    """Return a table without columns; below a width of 100 they stand closer."""
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left")
     table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
     if width is not None and width < 100:
@@ -37,7 +38,8 @@ def _plain(title: str, conditions: str, width: int | None) -> Table:
     return table
 
 
-def _filled(table: Table, found: Cells, limit: int) -> Table:
+def filled_table(table: Table, found: Cells, limit: int) -> Table:
+    """Return a table with rows whose names have lines of at most `limit` characters."""
     for name, *cells in found.rows:
         table.add_row(Text(words.folded(name, limit)), *map(Text, cells))
     return table
@@ -56,14 +58,14 @@ def console_table(report: Report, *, width: int | None = None) -> Table:
     found = run_cells(report, bare=width is not None and width < 65 + 15 * many)
     if narrow and many > 2:
         found = _without(found, found.columns.index("stage"))
-    table = _plain(report.name, found.conditions, width)
+    table = plain_table(report.name, found.conditions, width)
     # these break at their blanks on a narrow terminal: no figure is cut
     breaking = {_heading(report, primary_metric(report)): 8, "speed-up": 9}
     for name in found.columns:
         side: JustifyMethod = "left" if name in ("model", "stage") else "right"
         least = breaking.get(name)
         table.add_column(Text(name), justify=side, no_wrap=least is None, min_width=least)
-    return _filled(table, found, NARROW if narrow else WIDE)
+    return filled_table(table, found, NARROW if narrow else WIDE)
 
 
 def _without(found: Cells, place: int) -> Cells:
@@ -98,11 +100,11 @@ def runs_table(report: RunsReport, *, width: int | None = None) -> Table:
     """
     found = runs_cells(report)
     narrow = width is not None and width < 100
-    table = _plain(f"{len(report.runs)} runs", found.conditions, width)
+    table = plain_table(f"{len(report.runs)} runs", found.conditions, width)
     table.add_column(Text(found.columns[0]), no_wrap=True)
     for name in found.columns[1:]:
         table.add_column(Text(name), justify="right", min_width=9 if name == "speed-up" else None)
-    return _filled(table, found, NARROW if narrow else WIDE)
+    return filled_table(table, found, NARROW if narrow else WIDE)
 
 
 def runs_cells(report: RunsReport) -> Cells:
