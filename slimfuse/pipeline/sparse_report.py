@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,19 +211,15 @@ def _steps_picture(sparse: Sparse) -> Picture:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Return parameters' names without what all of them begin and end with."""
+    """Return parameters' names without the words of most of them that they can do without."""
     parts = [name.split(".") for name in names]
     if len(parts) < 2:
         return list(names)
-    shared = _shared(parts), _shared([part[::-1] for part in parts])
-    cut = [".".join(part[shared[0] : len(part) - shared[1]]) for part in parts]
-    return cut if all(cut) and len(set(cut)) == len(cut) else list(names)
-
-
-def _shared(parts: Sequence[Sequence[str]]) -> int:
-    count = 0
-    for column in zip(*parts, strict=False):
-        if len(set(column)) > 1:
-            break
-        count += 1
-    return count
+    found = Counter(word for part in parts for word in set(part) if not word.isdecimal())
+    usual = dict.fromkeys(word for part in parts for word in (part[-1], *part))
+    for word in sorted(usual, key=lambda one: -found[one]):
+        cut = [[one for one in part if one != word] for part in parts]
+        told = all("".join(part).strip("0123456789") for part in cut)  # a number alone says little
+        if told and 2 * found[word] > len(parts) == len({tuple(part) for part in cut}):
+            parts = cut
+    return [".".join(part) for part in parts]
