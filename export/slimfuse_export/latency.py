@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from slimfuse_export.errors import ExportError
 from slimfuse_export.measuring.affinity import cores_available
 
+LEVEL = 0.95
 NOISY_SPREAD = 1.5  # p90 over p50 on a quiet machine is below 1.2
 CONTROL_WIDTH = 0.1  # of the interval of a model's ratio to itself
 CONTROL_LEVEL = 0.99  # at 95 %, one of twenty quiet machines would be called noisy
@@ -41,7 +42,8 @@ class Latency:
     """One model's time for one call, in milliseconds, over `n` calls with `batch` rows each.
 
     noisy: p90 is more than 1.5 times p50, so something else used the machine; measure again.
-    dims: sizes of the other dynamic dims, as "sequence_length=128".
+    dims: sizes of the other dynamic dims, as "sequence_length=128". p50_low_ms, p50_high_ms: the
+    95 % interval of the median, see `median_interval`; None of fewer than 6 calls.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Latency:
     n: int
     noisy: bool
     dims: str = ""
+    p50_low_ms: float | None = None
+    p50_high_ms: float | None = None
 
     @classmethod
     def of(cls, key: Key, samples: NDArray[np.float64]) -> Latency:
@@ -61,9 +65,11 @@ class Latency:
         p50, p90, p99 = (float(p) for p in np.percentile(samples, (50, 90, 99)))
         noisy = p90 > NOISY_SPREAD * p50
         mean = float(samples.mean())
+        low, high = median_interval(samples)
         return cls(
-            key.name, key.threads, key.batch, p50, p90, p99, mean, len(samples), noisy, key.dims
-        )
+            key.name, key.threads, key.batch, p50, p90, p99, mean, len(samples), noisy, key.dims,
+            low, high,
+        )  # fmt: skip
 
     @property
     def throughput(self) -> float:
@@ -200,6 +206,30 @@ class BenchResult:
                 {**asdict(latency), "throughput": latency.throughput} for latency in self.latencies
             ],
         }
+
+
+def median_interval(
+    samples: NDArray[np.float64], level: float = LEVEL
+) -> tuple[float, float] | tuple[None, None]:
+    """Return the bounds of an interval for the median of samples (n,), by their order alone.
+
+    x_(k) and x_(n+1-k), k the largest with P(B < k) ≤ (1 - level) / 2 for B binomial (n, ½):
+    whatever the distribution, it holds the median at least as often as `level` says, if calls are
+    independent. Those of one session aren't quite: slow ones come in bursts (see
+    `bootstrap_ratio`), and what a session as a whole adds, say by where it lies in memory, is in
+    none of them. So it is the least that is unknown of one model's p50; of two models in turns go
+    by their ratio. None where no k does, as of fewer than 6 samples at 95 %.
+    Source: Hahn & Meeker 1991, Statistical Intervals, section 5.2.
+    """
+    n = len(samples)
+    place = np.arange(1, n + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log(n + 1 - place) - np.log(place))])
+    below = np.cumsum(np.exp(logs - n * np.log(2)))  # P(B ≤ i) for i = 0 … n
+    k = int(np.searchsorted(below, (1 - level) / 2, side="right"))
+    if k < 1:
+        return None, None
+    ordered = np.sort(samples)
+    return float(ordered[k - 1]), float(ordered[n - k])
 
 
 def bootstrap_ratio(

@@ -2,12 +2,14 @@
 
 import gc
 import json
+import math
 
 import numpy as np
 import pytest
 from slimfuse_export import BenchResult, ExportError, Key, Latency, bench, bootstrap_ratio
 from slimfuse_export import environment as machine
 from slimfuse_export.environment import cpu_quota
+from slimfuse_export.latency import median_interval
 
 QUICK = {"warmup": 1, "min_seconds": 0.0, "min_runs": 7}
 
@@ -89,6 +91,31 @@ def test_percentiles_and_the_noise_flag():
     assert (row.p50_ms, row.p90_ms, row.p99_ms, row.mean_ms, row.n) == (51, 91, 100, 51, 101)
     assert row.noisy
     assert not Latency.of(Key("a", 2, 3), np.linspace(10, 12, 99)).noisy
+
+
+@pytest.mark.parametrize("n", [2, 5, 6, 31, 100, 1001])
+def test_the_medians_interval_is_that_of_the_binomial(n):
+    # by counting: the interval misses the median where fewer than k samples lie on one side
+    tails = [sum(math.comb(n, i) for i in range(k)) / 2**n for k in range(n // 2 + 1)]
+    k = max(i for i, tail in enumerate(tails) if tail <= 0.025)
+    samples = np.random.default_rng(n).permutation(np.arange(1.0, n + 1))
+    assert median_interval(samples) == ((k, n + 1 - k) if k else (None, None))
+
+
+def test_the_medians_interval_holds_it_whatever_the_distribution():
+    rng = np.random.default_rng(3)
+    hits = 0
+    for _ in range(200):
+        low, high = median_interval(rng.exponential(size=60) ** 2)
+        hits += low <= np.log(2) ** 2 <= high
+    assert hits >= 182  # of 200 at 95 % or more: fewer has probability below 1 %
+    row = Latency.of(Key("a", 1, 1), rng.lognormal(size=60))
+    assert row.p50_low_ms < row.p50_ms < row.p50_high_ms
+    many = rng.normal(10, 1, 300_000)  # as many calls as a tiny model gets in minutes
+    low, high = median_interval(many)
+    assert high - low == pytest.approx(
+        2 * 1.96 * np.sqrt(np.pi / 2 / len(many)), rel=0.15
+    )  # 1 073 ranks: 3 % scatter
 
 
 def test_the_interval_contains_the_truth_as_often_as_it_says():

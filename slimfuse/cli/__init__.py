@@ -134,35 +134,22 @@ def plan(
 
     with working("starting"):
         from slimfuse.pipeline import plan as make_plan
-    from slimfuse.report import words
 
     made = make_plan(recipe, overrides=tuple(overrides or ()), outline=outline)
-    table = Table(title=escape(f"{'Outline' if outline else 'Plan'} of {recipe.name}"))
-    for column in ("model", "shape", "params", "FLOPs a sample", "float32 size", "training steps"):
-        table.add_column(column, justify="left" if column in ("model", "shape") else "right")
-    for model in made.models:
-        table.add_row(
-            model.name, model.shape, words.count(model.params), words.count(model.flops),
-            words.size(model.bytes), str(model.steps) if model.steps else "–",
-        )  # fmt: skip
+    models, *shapes = made.tables
     stdout = screen(as_json)
-    stdout.print(table)
-    if made.proposal is not None and made.searched:
-        from slimfuse.shapes import HEADER
-
-        found = Table(title="Shapes for the child")
-        for column in HEADER:
-            found.add_column(column, justify="left" if column in HEADER[:2] else "right")
-        found.columns[-1].justify = "left"
-        for row in made.proposal.rows():
-            found.add_row(*map(escape, row))
-        stdout.print(found)
+    title = f"{'Outline' if outline else 'Plan'} of {recipe.name}"
+    for cells in (models, *shapes):
+        table = Table(title=escape(title if cells is models else cells.conditions))
+        for place, column in enumerate(cells.columns):
+            words_alone = place < 2 or (cells is not models and place == len(cells.columns) - 1)
+            table.add_column(column, justify="left" if words_alone else "right")
+        for row in cells.rows:
+            table.add_row(*map(escape, row))
+        stdout.print(table)
     for note in (*(made.proposal.notes if made.proposal is not None else ()), *made.notes):
         stdout.print(escape(note), soft_wrap=True)
-    stdout.print(
-        f"peak memory, estimated: {words.size(made.memory)}   "
-        f"disk, estimated: {words.size(made.disk)}"
-    )
+    stdout.print(models.conditions)
     told = {
         "name": recipe.name, "models": made.models, "memory": made.memory, "disk": made.disk,
         "notes": made.notes,

@@ -32,6 +32,13 @@ def report(
             "here).",
         ),
     ] = None,
+    examples: Annotated[
+        bool,
+        typer.Option(
+            "--examples/--no-examples",
+            help="Whether a run's page may show samples of its test set.",
+        ),
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Draw the page of a finished run again from its figures, or compare several runs."""
@@ -56,7 +63,7 @@ def report(
     if len(runs) == 1:
         found = load(runs[0])
         with working("drawing the report"):
-            page = redraw(runs[0], out)
+            page = redraw(runs[0], out, examples=examples)
         figures = to_json(found, SCHEMA if isinstance(found, Report) else SWEEP)
         if isinstance(found, Report):
             shown.print(console_table(found, width=shown.width))

@@ -54,7 +54,8 @@ class Part:
     """One fitted part: what share of its goal's variance was missed, and how it was fitted.
 
     sources: parent's name, its block and unit, of each unit. strength, left_out, kept: see
-    `fits.Fit`, the errors as shares of the goal's variance.
+    `fits.Fit`, the errors as shares of the goal's variance. role: q, k, v, o, up, gate or down of a
+    block's, "" of others; saliency: see `Choice`.
     """
 
     layer: int
@@ -64,6 +65,8 @@ class Part:
     left_out: float | None = None
     kept: float | None = None
     sources: Sources = ()
+    role: str = ""
+    saliency: float | None = None
 
 
 class Building(Choosing, Protocol):
@@ -351,17 +354,29 @@ class Builder:
         fit_reader(self, index, part, norm, members, choice, moments, checkpoint)
 
     def _write(
-        self, name: str, found: Fit, layer: int, variance: float, sources: Sources = ()
+        self,
+        name: str,
+        found: Fit,
+        layer: int,
+        variance: float,
+        role: str = "",
+        choice: Choice | None = None,
     ) -> None:
         module = self.target.get_submodule(name)
         assert isinstance(module.weight, Tensor)
         module.weight.copy_(found.weight)
         if isinstance(module.bias, Tensor):
             module.bias.copy_(found.bias)
-        self._note(name, found, layer, variance, sources)
+        self._note(name, found, layer, variance, role, choice)
 
     def _note(
-        self, name: str, found: Fit, layer: int, variance: float, sources: Sources = ()
+        self,
+        name: str,
+        found: Fit,
+        layer: int,
+        variance: float,
+        role: str = "",
+        choice: Choice | None = None,
     ) -> None:
         """Keep what was fitted; raises SlimfuseError for weights that aren't finite."""
         if not bool(found.weight.isfinite().all() and found.bias.isfinite().all()):
@@ -375,4 +390,8 @@ class Builder:
         )
         part = name.rsplit(".", 1)[-1]
         error = share_of(found.missed, variance)
-        self.parts.append(Part(layer, part, error, found.strength, left_out, kept, sources))
+        sources = () if choice is None else choice.sources
+        saliency = None if choice is None else choice.saliency
+        self.parts.append(
+            Part(layer, part, error, found.strength, left_out, kept, sources, role, saliency)
+        )

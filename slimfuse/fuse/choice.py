@@ -55,12 +55,14 @@ class Choice:
 
     maps: each member's maps of the spaces of its own block; push: what every unit of the union
     gives to the target's (Σ n, m); sources: parent's name, its block and the unit that each
-    target unit is, or is built about.
+    target unit is, or is built about; saliency: the share of all scores that the kept ones have,
+    None where they weren't chosen by it.
     """
 
     maps: list[Maps]
     push: Tensor
     sources: tuple[tuple[str, int, int], ...]
+    saliency: float | None = None
 
 
 def keep(
@@ -138,7 +140,8 @@ def choose_units(
     ]
     parts = zip(members, torch.split(push, sizes), strict=True)
     maps: list[Maps] = [{union.block(m).mlp_space: LinearMap(p, p)} for m, p in parts]
-    return Choice(maps, push, tuple(owners[i] for i in order))
+    share = _share(scores, order, settings)
+    return Choice(maps, push, tuple(owners[i] for i in order), share)
 
 
 def _scores(
@@ -155,6 +158,14 @@ def _scores(
         return None
     given = union.scores(members, part)
     return unit_scores(settings.saliency, cov, out, groups) if given is None else given
+
+
+def _share(scores: Tensor | None, kept: Sequence[int], settings: Choosing) -> float | None:
+    """Return what share of all scores the kept groups have, where they were chosen by these."""
+    if scores is None or settings.units != "saliency":
+        return None
+    some = scores.clamp_min(0)  # estimates of what can't be negative
+    return float(some[list(kept)].sum() / some.sum()) if float(some.sum()) > 0 else None
 
 
 def _merged(cov: Tensor, order: list[int], scores: Tensor | None, settings: Choosing) -> Tensor:
@@ -246,7 +257,8 @@ def choose_groups(
         for m, n in zip(members, heads, strict=True)
         for h in range(n)
     ]
-    return Choice(maps, push, tuple(owners[i] for i in kept))
+    share = _share(scores, kept, settings)
+    return Choice(maps, push, tuple(owners[i] for i in kept), share)
 
 
 def choose_heads(
@@ -310,7 +322,8 @@ def choose_heads(
         ]
     )
     names = [(union.parents[members[k].parent].name, members[k].layer, h) for k, h in owners]
-    return Choice(everyone, push, tuple(names[i] for i in kept))
+    share = _share(scores_of, kept, settings)
+    return Choice(everyone, push, tuple(names[i] for i in kept), share)
 
 
 def _likeness(cov: Tensor, out: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def fit_reader(
     width = sum(moments.widths.values())
     groups = builder.run.judges(checkpoint, width, inputs, goals, "reading")
     found = fit(stats, prior, builder.settings.ridge, groups, bias, builder.ranks)
-    builder._write(name, found, index, stats.variance, choice.sources)
+    builder._write(name, found, index, stats.variance, part, choice)
 
 
 def _head_gains(
@@ -237,7 +237,7 @@ def fit_writer(
     found = fit(stats, prior, builder.settings.ridge, groups, bias, builder.ranks)
     if bread is not None:
         found = replace(found, weight=bread.settle(found.weight, checkpoint))
-    builder._write(name, found, index, stats.variance)
+    builder._write(name, found, index, stats.variance, part)
     for b in range(len(run.sizes)):
         run.advance(block, part, b, cache.get("u", b))
         cache.drop("u", b)

@@ -28,6 +28,7 @@ from slimfuse.pipeline.tuning import finetune_steps
 from slimfuse.processes import alone
 from slimfuse.progress import console
 from slimfuse.recipe import Anchor, Located, Recipe, Train, load_located
+from slimfuse.report import Cells, tables_fragment
 from slimfuse.store import Store, write_text
 from slimfuse.tasks import Evidence, Metric, Samples
 
@@ -70,6 +71,12 @@ class Comparison:
         """Return the line of this name, an empty one where it was refused."""
         found = next((e for e in self.entries if e.name == name), None)
         return found or Entry(name, "method")
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the table, and what was left out."""
+        refused = [f"left out: {name}: {why}" for name, why in self.refused.items()]
+        cells = Cells(["model", *_heads(self)], _table(self), _conditions(self))
+        return tables_fragment(f"{self.name}: {_kind(self)}", (), [cells], warnings=refused)
 
 
 def compare(
@@ -300,31 +307,16 @@ def lead(
 
 def markdown(result: Comparison) -> str:
     """Return the table: means over seeds ± half the 95 % interval, and each seed's figures."""
-    first = result.entry(result.own)
-    heads = [f"{b} steps" if b else "one-shot" for b in result.budgets]
-    if result.vary:
-        kind = "ablations"
-        last = "A row KEY=VALUE is the recipe with that key alone changed."
-    else:
-        kind = "methods and controls"
-        last = (
-            "The best parent is the best on the test set, which favours the methods that start "
-            "from it alone."
-        )
+    heads = _heads(result)
     lines = [
-        f"# {result.name}: {kind} at equal budgets",
+        f"# {result.name}: {_kind(result)}",
         "",
-        f"{_title(result.metric)}, {result.samples:,} test samples, seeds "
-        f"{', '.join(map(str, result.seeds))}; ± is half the 95 % interval over seeds (Student's "
-        f"t, wide for few seeds{WILSON if result.metric.key == 'accuracy' else ''}). Behind, "
-        f"the lead of `{first.name}`, paired by seed. {last}",
+        _conditions(result, code="`"),
         "",
         f"| model | {' | '.join(heads)} |",
         f"| --- |{' --- |' * len(heads)}",
     ]
-    for entry in result.entries:
-        cells = [_cell(entry, first, b, result) for b in result.budgets]
-        lines.append(f"| {entry.name} | {' | '.join(cells)} |")
+    lines += [f"| {' | '.join(row)} |" for row in _table(result)]
     lines += ["", "Per seed:", ""]
     for entry in result.entries:
         each = "; ".join(
@@ -336,6 +328,38 @@ def markdown(result: Comparison) -> str:
         lines += ["", "Left out:", ""]
         lines += [f"- {name}: {why}" for name, why in result.refused.items()]
     return "\n".join(lines) + "\n"
+
+
+def _kind(result: Comparison) -> str:
+    return f"{'ablations' if result.vary else 'methods and controls'} at equal budgets"
+
+
+def _heads(result: Comparison) -> list[str]:
+    return [f"{b} steps" if b else "one-shot" for b in result.budgets]
+
+
+def _table(result: Comparison) -> list[list[str]]:
+    first = result.entry(result.own)
+    return [
+        [entry.name, *(_cell(entry, first, b, result) for b in result.budgets)]
+        for entry in result.entries
+    ]
+
+
+def _conditions(result: Comparison, code: str = "") -> str:
+    if result.vary:
+        last = "A row KEY=VALUE is the recipe with that key alone changed."
+    else:
+        last = (
+            "The best parent is the best on the test set, which favours the methods that start "
+            "from it alone."
+        )
+    return (
+        f"{_title(result.metric)}, {result.samples:,} test samples, seeds "
+        f"{', '.join(map(str, result.seeds))}; ± is half the 95 % interval over seeds (Student's "
+        f"t, wide for few seeds{WILSON if result.metric.key == 'accuracy' else ''}). Behind, "
+        f"the lead of {code}{result.entry(result.own).name}{code}, paired by seed. {last}"
+    )
 
 
 def _title(metric: Metric) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isinf
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def refitted(fusion: Fusion, parents: list[str]) -> dict[str, Any]:
 
 
 def part_records(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """Return every fitted part: what it missed, how hard it held on, what it came from."""
+    """Return every fitted part: what it is, what it missed, how hard it held on, its origin."""
     return [
         {
             "layer": p.layer,
@@ -54,6 +54,8 @@ def part_records(parts: Sequence[Part]) -> list[dict[str, Any]]:
             "left_out": p.left_out,
             "kept": p.kept,
             "sources": p.sources,
+            "role": p.role,
+            "saliency": p.saliency,
         }
         for p in parts
     ]
@@ -99,6 +101,20 @@ def transported(fusion: TransportFusion, parents: list[str]) -> dict[str, Any]:
             for m in fusion.maps
         ],
     }  # fmt: skip
+
+
+PARTS = {
+    "q": "query", "k": "key", "v": "value", "o": "attention output", "up": "MLP in",
+    "gate": "MLP gate", "down": "MLP out",
+}  # fmt: skip
+OTHERS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention output",
+          "fc1": "MLP in", "fc2": "MLP out", "classifier": "head"}  # fmt: skip
+
+
+def part_name(record: Mapping[str, Any]) -> str:
+    """Return what a fitted part is called, by its role in a block or by its own name."""
+    own = str(record["part"])
+    return PARTS.get(record.get("role", ""), OTHERS.get(own, own))
 
 
 def _plain(strength: float | str) -> float | str:

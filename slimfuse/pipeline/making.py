@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from slimfuse import __version__
 from slimfuse.pipeline.common import BaseJob
@@ -14,6 +13,7 @@ from slimfuse.pipeline.lock import provenance
 from slimfuse.pipeline.nets_job import NetJob
 from slimfuse.pipeline.nets_stages import NetStages
 from slimfuse.pipeline.package import build_package, model_card
+from slimfuse.pipeline.passages import find_passages
 from slimfuse.pipeline.planning import Plan
 from slimfuse.pipeline.quantizing import quantise
 from slimfuse.pipeline.results import Measurements
@@ -173,6 +173,9 @@ def make(job: BaseJob, store: Store, planned: Plan, shared: Shared | None = None
     timed["onnx"] = (exported.path / "model.onnx", exported.key)
     if int8 is not None:
         timed["onnx-int8"] = (int8.path / "model_quantized.onnx", int8.key)
+    evidence = {p.name: stages.outputs(p).test for p in job.parents}
+    evidence["finetuned"] = stages.evidence(child)
+    best = job.task.metric.best({name: figure.value for name, figure in parents_shown.items()})
     found = Measurements(
         job=job, plan=planned, measured=measured, parents=parents,
         anchor=anchor, parity={**parent_parity, "onnx": parity}, fused=made.fused,
@@ -181,8 +184,7 @@ def make(job: BaseJob, store: Store, planned: Plan, shared: Shared | None = None
         package=package, int8=int8,
         tried=tried if small is None else (*tried, *small.tried),
         int8_dropped=int8 is not shipped, batches=batches,
-        evidence={name: stages.outputs(p).test for name, p in _named(job).items()}
-        | {"finetuned": stages.evidence(child)},
+        evidence=evidence, passages=find_passages(stages, best, child, evidence),
     )  # fmt: skip
     return Made(store, deployment, package, timed, found)
 
@@ -190,10 +192,6 @@ def make(job: BaseJob, store: Store, planned: Plan, shared: Shared | None = None
 def row_of(method: str) -> str:
     """Return the name of a baseline's row."""
     return next((row for row, m in METHOD_OF.items() if m == method), method)
-
-
-def _named(job: BaseJob) -> dict[str, Any]:
-    return {p.name: p for p in job.parents}
 
 
 def _teller(metric: Metric) -> Callable[[str, Figures], None]:

@@ -176,7 +176,7 @@ def _examples(
     for kind, (those, sure) in kinds.items():
         places = np.flatnonzero(those)
         for place in places[np.argsort(-sure[places], kind="stable")][: SHOWN[kind]].tolist():
-            text, image = _looks(job.data.test.items[place])
+            text, image = looks(job.data.test.items[place])
             found.append(
                 Example(
                     place, classes[labels[place]],
@@ -187,13 +187,20 @@ def _examples(
     return tuple(found)
 
 
-def _looks(item: Any) -> tuple[str, str]:
+def clipped(text: str, length: int = LENGTH, *, end: bool = False) -> str:
+    """Return one line of at most `length` characters: a text's beginning, or its end."""
+    line = " ".join(text.split())
+    if len(line) <= length:
+        return line
+    return f"…{line[1 - length :]}" if end else f"{line[: length - 1]}…"
+
+
+def looks(item: Any) -> tuple[str, str]:
     """Return a sample as a report shows it: the beginning of a text, or a small image."""
     from PIL import Image
 
     if isinstance(item, str):
-        line = " ".join(item.split())
-        return (line if len(line) <= LENGTH else line[: LENGTH - 1] + "…"), ""
+        return clipped(item), ""
     image = Image.fromarray(np.asarray(item, dtype=np.uint8))
     image.thumbnail((SIDE, SIDE))
     out = io.BytesIO()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from slimfuse.pipeline.common import BaseJob
-from slimfuse.pipeline.fusion_record import load_fusion
+from slimfuse.pipeline.fusion_record import load_fusion, part_name
 from slimfuse.pipeline.job import Job
 from slimfuse.report import Picture
 from slimfuse.store import Stage
@@ -18,8 +18,8 @@ from slimfuse.tasks import Evidence
 
 SMOOTHING = 25  # steps that one point of the loss curve averages
 MOST_CLASSES = 40  # that a picture can show
-PART_NAMES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "attention output",
-              "fc1": "MLP in", "fc2": "MLP out", "classifier": "head"}  # fmt: skip
+CHOSEN = {"query": "heads", "MLP in": "MLP units"}
+"""What is chosen with a part."""
 
 
 def pictures(
@@ -39,6 +39,7 @@ def pictures(
     if "energy" in fusion:
         assert isinstance(job, Job), "only families are refitted"
         found += _stream_pictures(job, fusion) + _part_pictures(fusion)
+        found += _saliency_pictures(fusion, job.recipe.fuse.saliency or "energy")
     if fusion.get("alignment"):
         found += _alignment_pictures(fusion)
     if "maps" in fusion:
@@ -161,25 +162,25 @@ def _part_pictures(fusion: dict[str, Any]) -> list[Picture]:
     layers = sorted({p["layer"] for p in fusion["parts"]})
     series: dict[str, dict[str, list[float]]] = {}
     for part in fusion["parts"]:
-        line = series.setdefault(PART_NAMES.get(part["part"], part["part"]), {"x": [], "y": []})
+        line = series.setdefault(part_name(part), {"x": [], "y": []})
         line["x"].append(part["layer"])
         line["y"].append(part["error"])
     worst = max(fusion["parts"], key=lambda p: p["error"])
     errors = fusion["stream_errors"]
     parents = fusion["parents"]
     masses: dict[str, dict[str, list[float]]] = {}
-    for kind, label in (("q_proj", "heads"), ("fc1", "MLP units")):
-        for part in fusion["parts"]:
-            if part["part"] == kind and part["sources"]:
-                counts = Counter(name for name, *_ in part["sources"])
-                for name in parents:
-                    line = masses.setdefault(f"{label} from {name}", {"x": [], "y": []})
-                    line["x"].append(part["layer"])
-                    line["y"].append(counts[name] / len(part["sources"]))
+    for part in fusion["parts"]:
+        label = CHOSEN.get(part_name(part))
+        if label and part["sources"]:
+            counts = Counter(name for name, *_ in part["sources"])
+            for name in parents:
+                line = masses.setdefault(f"{label} from {name}", {"x": [], "y": []})
+                line["x"].append(part["layer"])
+                line["y"].append(counts[name] / len(part["sources"]))
     pictures = [
         Picture(
             "What each refitted part misses",
-            f"Largest: {PART_NAMES.get(worst['part'], worst['part'])} of layer {worst['layer']}, "
+            f"Largest: {part_name(worst)} of layer {worst['layer']}, "
             f"{worst['error']:.1%} of its goal's variance. Measured on the calibration samples.",
             f"Refit error over {len(layers)} layers, one line a part.",
             "lines",
@@ -210,6 +211,32 @@ def _part_pictures(fusion: dict[str, Any]) -> list[Picture]:
             )
         )
     return pictures
+
+
+def _saliency_pictures(fusion: dict[str, Any], kind: str) -> list[Picture]:
+    """Return how much of the saliency stayed, where heads and units were chosen by it."""
+    series: dict[str, dict[str, list[float]]] = {}
+    for part in fusion["parts"]:
+        label, share = CHOSEN.get(part_name(part)), part.get("saliency")
+        if label and share is not None:
+            line = series.setdefault(label, {"x": [], "y": []})
+            line["x"].append(part["layer"])
+            line["y"].append(100 * share)
+    if not series:
+        return []
+    least = [(y, name, x) for name, s in series.items() for x, y in zip(*s.values(), strict=True)]
+    share, name, layer = min(least)
+    return [
+        Picture(
+            "Saliency that the kept heads and units hold",
+            f"By {kind}, of all that the parents have in a layer. Least: {name} of layer "
+            f"{layer:.0f}, {share:.1f} %; where little is held a wider target would help.",
+            f"Share of the saliency kept, by layer, of {' and '.join(series)}.",
+            "lines",
+            {"series": series, "xlabel": "layer", "ylabel": "saliency kept, %"},
+            "refit",
+        )
+    ]
 
 
 def losses_of(trained: Mapping[str, Stage]) -> dict[str, dict[str, list[float]]]:

@@ -22,14 +22,18 @@ from slimfuse.pipeline.teaching import kept
 from slimfuse.pipeline.tuning import finetune_steps
 from slimfuse.recipe import Recipe, Sparsify
 from slimfuse.recipe.sparsifying import BY_BLOCK, BY_GRADIENTS
+from slimfuse.report import Cells, tables_fragment, words
 from slimfuse.saliency.fisher import HELD, MEMORY
-from slimfuse.shapes import AXES, Proposal
+from slimfuse.shapes import AXES, HEADER, Proposal
 from slimfuse.store import LOCK, Store, free_bytes
 from slimfuse.tasks import LanguageTask, Task
 
 RUNTIME_BYTES = 1650 << 20  # the libraries, ONNX exporter, pictures: 1 080 to 1 490 MiB measured
 ZEROS = 14  # what pruning keeps beside the Fisher's sums, in weights of float32
 ANSWERS = 3  # what onnxruntime keeps of logits, in logits: 2.4 to 2.7 measured at 30 000 tokens
+
+
+COLUMNS = ("model", "shape", "params", "FLOPs a sample", "float32 size", "training steps")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,29 @@ class Plan:
     proposal: Proposal | None
     searched: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def tables(self) -> tuple[Cells, ...]:
+        """The models and, where they were searched, the shapes for the child, ready to read."""
+        needs = (
+            f"peak memory, estimated: {words.size(self.memory)}   "
+            f"disk, estimated: {words.size(self.disk)}"
+        )
+        rows = [
+            [m.name, m.shape, words.count(m.params), words.count(m.flops), words.size(m.bytes),
+             str(m.steps) if m.steps else "–"]
+            for m in self.models
+        ]  # fmt: skip
+        models = Cells(list(COLUMNS), rows, needs)
+        if self.proposal is None or not self.searched:
+            return (models,)
+        shapes = [list(row) for row in self.proposal.rows()]
+        return models, Cells(list(HEADER), shapes, "Shapes for the child")
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the models, what they need, the shapes that were tried."""
+        notes = (*(self.proposal.notes if self.proposal is not None else ()), *self.notes)
+        return tables_fragment("Plan", (), self.tables, warnings=notes)
 
 
 @dataclass(frozen=True)

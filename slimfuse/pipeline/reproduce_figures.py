@@ -108,4 +108,5 @@ def _shown(figure: Figure) -> str:
 
 
 def _milliseconds(latency: Latency) -> str:
-    return f"{latency.p50_ms:.3f} ms"
+    low, high = latency.reach
+    return f"{latency.p50_ms:.3f} ms" + f" ({low:.3f} – {high:.3f})" * (low < high)

@@ -10,6 +10,7 @@ from slimfuse.pipeline import protecting
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.fusion_record import load_fusion
 from slimfuse.pipeline.mistakes import mistakes
+from slimfuse.pipeline.moved import moved
 from slimfuse.pipeline.pictures import pictures
 from slimfuse.pipeline.planning import Plan
 from slimfuse.pipeline.sparse import Sparse
@@ -22,7 +23,17 @@ from slimfuse.pipeline.sparse_report import (
 )
 from slimfuse.pipeline.stages import Figures
 from slimfuse.recipe import Gate
-from slimfuse.report import Figure, Finding, GateResult, Latency, Report, Row, Speedup, Tried
+from slimfuse.report import (
+    Example,
+    Figure,
+    Finding,
+    GateResult,
+    Latency,
+    Report,
+    Row,
+    Speedup,
+    Tried,
+)
 from slimfuse.report import Stage as StageName
 from slimfuse.store import Stage
 from slimfuse.tasks import Evidence
@@ -30,7 +41,8 @@ from slimfuse.tasks import Evidence
 
 @dataclass(frozen=True)
 class Measurements:
-    """All that a run found out, by row name. sparse, files: of a sparse child.
+    """All that a run found out, by row name. sparse, files: of a sparse child; passages: of
+    a language model.
 
     command, lock, timings, bench: known at its end; bench: see `Deployment.bench`.
     """
@@ -55,6 +67,7 @@ class Measurements:
     evidence: dict[str, Evidence]
     batches: dict[str, int]
     why: tuple[Finding, ...] = ()
+    passages: tuple[Example, ...] = ()
     command: str = ""
     lock: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
@@ -72,6 +85,7 @@ def make_report(m: Measurements) -> Report:
     rows = tuple(_rows(m, bench["latencies"]))
     child = m.plan.models[-1]
     wrong, tables, examples = mistakes(m.job, best_parent(m), m.evidence)
+    others = moved(m.job, best_parent(m), m.evidence, m.passages)
     return Report(
         name=m.job.recipe.name,
         recipe_path=str(m.job.path) if not m.job.path.is_absolute() else m.job.path.name,
@@ -100,8 +114,9 @@ def make_report(m: Measurements) -> Report:
         metric=m.job.task.metric.key,
         zeros=layers(m.sparse.child) if m.sparse is not None else (),
         sizes=m.files.sizes if m.files is not None else (),
-        findings=(*protecting.findings(m.finetuned), *m.why, *tables),
-        examples=examples,
+        findings=(*protecting.findings(m.finetuned), *m.why, *tables, *others[0]),
+        examples=examples + others[1],
+        chosen=others[2],
         tried=m.tried,
     )  # fmt: skip
 
@@ -129,7 +144,9 @@ def _rows(m: Measurements, latencies: list[dict[str, Any]]) -> list[Row]:
     def timed(name: str) -> tuple[Latency, ...]:
         keys = Latency.__dataclass_fields__
         return tuple(
-            Latency(**{k: entry[k] for k in keys}) for entry in latencies if entry["name"] == name
+            Latency(**{k: entry[k] for k in keys if k in entry})
+            for entry in latencies
+            if entry["name"] == name
         )
 
     def figures(name: str) -> dict[str, Figure]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def card(job: BaseJob, sparse: Sparse) -> str:
 
 def sparse_pictures(sparse: Sparse) -> list[Picture]:
     """Return where the zeros are, what they were expected to cost, and how training went on."""
-    found = [_zeros_picture(sparse)]
+    found = [_zeros_picture(sparse), *_saliency_picture(sparse)]
     if len(sparse.child.record["steps"]) > 1:
         found.append(_steps_picture(sparse))
     series = losses_of({made.row: made.stage for made in sparse.every})
@@ -157,6 +158,32 @@ def _zeros_picture(sparse: Sparse) -> Picture:
     )  # fmt: skip
 
 
+def _saliency_picture(sparse: Sparse) -> list[Picture]:
+    """Return how much of the saliency stayed in every layer, where it says something."""
+    made = sparse.child
+    records = [one for one in made.record["layers"] if one.get("saliency") is not None]
+    if not records or made.scorer == "random":
+        return []
+    shares = [100 * one["saliency"] for one in records]
+    least = int(np.argmin(shares))
+    last = " of what the last step began with" * (len(made.record["steps"]) > 1)
+    zeros = 100 * (1 - records[least]["kept"] / records[least]["weights"])
+    return [
+        Picture(
+            "Saliency kept by layer",
+            f"By {made.scorer}, single weights added up{last}. Least: {records[least]['name']}, "
+            f"{shares[least]:.1f} % at {zeros:.1f} % zeros. Beside the zeros: where they cost "
+            "little they were cheap.",
+            f"Shares of the saliency kept in {len(records)} layers, from {min(shares):.1f} % to "
+            f"{max(shares):.1f} %.",
+            "bars",
+            {"labels": short_names([one["name"] for one in records]), "values": shares,
+             "ylabel": "saliency kept, %"},
+            "sparsity",
+        )
+    ]  # fmt: skip
+
+
 def _found(shares: Sequence[float]) -> bool:
     """Whether layers differ by more than rounding to whole weights makes."""
     return max(shares) - min(shares) > 0.01
@@ -184,19 +211,15 @@ def _steps_picture(sparse: Sparse) -> Picture:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Return parameters' names without what all of them begin and end with."""
+    """Return parameters' names without the words of most of them that they can do without."""
     parts = [name.split(".") for name in names]
     if len(parts) < 2:
         return list(names)
-    shared = _shared(parts), _shared([part[::-1] for part in parts])
-    cut = [".".join(part[shared[0] : len(part) - shared[1]]) for part in parts]
-    return cut if all(cut) and len(set(cut)) == len(cut) else list(names)
-
-
-def _shared(parts: Sequence[Sequence[str]]) -> int:
-    count = 0
-    for column in zip(*parts, strict=False):
-        if len(set(column)) > 1:
-            break
-        count += 1
-    return count
+    found = Counter(word for part in parts for word in set(part) if not word.isdecimal())
+    usual = dict.fromkeys(word for part in parts for word in (part[-1], *part))
+    for word in sorted(usual, key=lambda one: -found[one]):
+        cut = [[one for one in part if one != word] for part in parts]
+        told = all("".join(part).strip("0123456789") for part in cut)  # a number alone says little
+        if told and 2 * found[word] > len(parts) == len({tuple(part) for part in cut}):
+            parts = cut
+    return [".".join(part) for part in parts]

@@ -35,7 +35,7 @@ from slimfuse.pipeline.sweep_timing import time_together
 from slimfuse.processes import alone
 from slimfuse.progress import console, working
 from slimfuse.recipe import Located, load_located
-from slimfuse.report import Search, SweepReport, render_sweep, to_json
+from slimfuse.report import Search, SweepReport, render_sweep, sweep_fragment, to_json
 from slimfuse.report.sweep_rows import SCHEMA
 from slimfuse.stock import one_process
 from slimfuse.store import Store, digest, write_text
@@ -56,6 +56,10 @@ class Sweep:
     def passed(self) -> bool:
         """Whether some candidate passes all gates of the recipe."""
         return self.report.passed
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of the sweep, see `SweepReport`."""
+        return sweep_fragment(self.report, str(self.folder / "sweep.html"))
 
     @property
     def picked(self) -> Run | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from slimfuse.pipeline.common import BaseJob
 from slimfuse.pipeline.diagnosing import Diagnosing, Subject, subject
-from slimfuse.pipeline.fusion_record import load_fusion
+from slimfuse.pipeline.fusion_record import load_fusion, part_name
 from slimfuse.pipeline.job import Job
 from slimfuse.pipeline.stages import BaseStages
 from slimfuse.report import Finding
@@ -57,7 +57,7 @@ def refit_table(record: Mapping[str, Any], samples: int) -> tuple[Finding, ...]:
         stayed += untouched
         kept = "–" if p["kept"] is None else f"{p['kept']:.4f}"
         strength = p["strength"] if isinstance(p["strength"], str) else f"{p['strength']:.1e}"
-        rows.append((f"layer {p['layer']} {p['part']}", strength, f"{p['left_out']:.4f}", kept,
+        rows.append((f"layer {p['layer']} {part_name(p)}", strength, f"{p['left_out']:.4f}", kept,
                      "as it was" if untouched else "refitted"))  # fmt: skip
     worst = max(p["left_out"] for p in parts)
     enough = not stayed and worst < 1

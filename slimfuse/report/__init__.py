@@ -5,7 +5,7 @@ from slimfuse.report.compare_page import render_runs
 from slimfuse.report.figures import draw
 from slimfuse.report.folders import compare_runs, load, redraw
 from slimfuse.report.html import render_html
-from slimfuse.report.notebook import fragment
+from slimfuse.report.notebook import fragment, sweep_fragment, tables_fragment
 from slimfuse.report.rows import (
     STAGES,
     Example,
@@ -27,12 +27,13 @@ from slimfuse.report.rows import (
 from slimfuse.report.scatter import accuracy_latency
 from slimfuse.report.sweep_page import render_sweep, sweep_table
 from slimfuse.report.sweep_rows import Candidate, Search, SweepReport, Trial
-from slimfuse.report.table import console_table, finding_table, runs_table
+from slimfuse.report.table import Cells, console_table, finding_table, runs_table
 from slimfuse.report.verdict import verdict
 
 __all__ = [
     "STAGES",
     "Candidate",
+    "Cells",
     "Example",
     "Figure",
     "FileSize",
@@ -63,7 +64,9 @@ __all__ = [
     "render_runs",
     "render_sweep",
     "runs_table",
+    "sweep_fragment",
     "sweep_table",
+    "tables_fragment",
     "to_json",
     "verdict",
 ]

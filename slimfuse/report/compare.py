@@ -142,7 +142,8 @@ def compare(reports: Mapping[str, Report]) -> RunsReport:
 
 def _bare(report: Report) -> Report:
     """Return a report without what a comparison doesn't show."""
-    return replace(report, settings={}, pictures=(), findings=(), zeros=(), examples=())
+    return replace(report, settings={}, pictures=(), findings=(), zeros=(), examples=(),
+                   chosen="")  # fmt: skip
 
 
 def _labels(reports: Mapping[str, Report]) -> list[str]:

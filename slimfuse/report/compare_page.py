@@ -12,7 +12,13 @@ from slimfuse.report.html import page
 from slimfuse.report.panels import Drawn, drawn, of_front
 from slimfuse.report.pareto import front, unbeaten
 from slimfuse.report.rows import Row
-from slimfuse.report.scatter import accuracy_latency, accuracy_ratio, accuracy_size, plottable
+from slimfuse.report.scatter import (
+    accuracy_latency,
+    accuracy_ratio,
+    accuracy_size,
+    level_bar,
+    plottable,
+)
 from slimfuse.report.verdict import verdict
 
 NOT_IN_TURNS = (
@@ -108,14 +114,13 @@ def _by_time(report: RunsReport, points: list[Row], at: tuple[int, int], bars: s
     metric, where = report.metric, words.condition(*at)
     tied = front(points, *at, metric)
     seen = "; ".join(
-        f"{row.name} {words.measured(metric, shown)} at {words.number(x.p50_ms)} ms"
+        f"{row.name} {words.measured(metric, shown)} at {words.p50(x)} ms"
         for row, shown, x in plottable(points, *at, metric)
     )
     return _both_sizes(
         lambda narrow: accuracy_latency(points, *at, metric=metric, front=tied, narrow=narrow),
         f"{metric.capitalize()} against latency, {where}",
-        f"{bars}, the level one runs from the p50 to the p90 latency. {of_front(tied)} "
-        f"{NOT_IN_TURNS}",
+        f"{bars}, {level_bar(points, *at)}. {of_front(tied)} {NOT_IN_TURNS}",
         f"Scatter plot of {metric} against p50 latency at {where}: {seen}. {of_front(tied)}",
     )
 

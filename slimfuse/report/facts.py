@@ -90,4 +90,6 @@ def _speed(report: Report) -> Fact | None:
         than = " than" if found.low > 1 or found.high < 1 else " to"
         between = f"({found.low:.2f}–{found.high:.2f})"
         beside = f"{words.speed(found)}{than} parent {base.name} {between}; {beside}"
+    between = words.p50_interval(latency)
+    beside = f"p50{f', {between}' if between else ''}; {beside}"
     return Fact(f"Latency of {row.name}", f"{words.number(latency.p50_ms)} ms", beside)

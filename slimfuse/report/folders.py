@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,19 @@ def load(path: str | Path) -> Report | SweepReport:
     return found
 
 
-def redraw(path: str | Path, out: str | Path | None = None) -> Path:
+def redraw(path: str | Path, out: str | Path | None = None, *, examples: bool = True) -> Path:
     """Draw the page of a finished run or sweep again, from its figures alone; return the page.
 
-    out: the file to write (default report.html or sweep.html beside the figures). Raises as `load`,
-    and StorageError where the page can't be written.
+    out: the file to write (default report.html or sweep.html beside the figures). examples: whether
+    the page may show samples of the test set; report.json keeps them. Raises as `load`, and
+    StorageError where the page can't be written.
     """
     file, kind = _found(Path(path))
     target = Path(out) if out is not None else file.with_name(kind.page)
-    write_text(target, kind.render(_read(file, kind)))
+    found = _read(file, kind)
+    if not examples and isinstance(found, Report):
+        found = replace(found, examples=(), chosen="")
+    write_text(target, kind.render(found))
     return target
 
 

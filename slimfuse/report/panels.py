@@ -12,7 +12,7 @@ from slimfuse.report.budget import budget, told
 from slimfuse.report.figures import draw
 from slimfuse.report.pareto import front, of_the_shape
 from slimfuse.report.rows import Picture, Report
-from slimfuse.report.scatter import accuracy_latency, plottable
+from slimfuse.report.scatter import accuracy_latency, level_bar, plottable
 from slimfuse.report.verdict import headline, primary_metric
 from slimfuse.report.waterfall import waterfall
 
@@ -82,7 +82,7 @@ def quality_plots(report: Report) -> list[Drawn]:
         tied = front(report.rows, threads, batch, metric)
         borrowed = of_the_shape(report, threads, batch)
         seen = "; ".join(
-            f"{row.name} {words.measured(metric, shown)} at {words.number(x.p50_ms)} ms"
+            f"{row.name} {words.measured(metric, shown)} at {words.p50(x)} ms"
             for row, shown, x in points
         )
         hollow = "; ".join(
@@ -100,7 +100,7 @@ def quality_plots(report: Report) -> list[Drawn]:
             drawn(
                 f"{metric.capitalize()} against latency, {where}",
                 f"{better} and to the left is better. The upright bar is the 95 % interval of "
-                f"{metric}, the level one runs from the p50 to the p90 latency. "
+                f"{metric}, {level_bar(report.rows, threads, batch)}. "
                 + of_front(tied)
                 + " Hollow: baselines of the child's shape, at its latency." * bool(hollow),
                 f"Scatter plot of {metric} against p50 latency at {where}: {seen}. "

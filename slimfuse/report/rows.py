@@ -17,7 +17,8 @@ SCHEMA = "slimfuse.report/1"
 
 Stage = Literal["parent", "fused", "finetuned", "sparse", "onnx", "onnx-int8", "baseline"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-Change = Literal["new error", "mended", "both wrong"]
+Change = Literal["new error", "mended", "both wrong", "worse", "better", "nearer", "further"]
+"""What became of a sample: of a class, of another answer's error, of a pair's similarity."""
 PNG = "data:image/png;base64,"
 PictureKind = Literal["heatmap", "lines", "bars"]
 
@@ -41,7 +42,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Latency:
-    """Percentiles of `n` timed calls, in milliseconds per call of one batch."""
+    """Percentiles of `n` timed calls, in milliseconds per call of one batch.
+
+    p50_low_ms, p50_high_ms: the 95 % interval of the median, by the calls' order (see
+    `slimfuse_export.latency.median_interval`); None in reports before it was kept.
+    """
 
     threads: int
     batch: int
@@ -50,6 +55,15 @@ class Latency:
     p99_ms: float
     n: int
     noisy: bool = False
+    p50_low_ms: float | None = None
+    p50_high_ms: float | None = None
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The ends of p50's interval, p50 itself where it isn't known."""
+        if self.p50_low_ms is None or self.p50_high_ms is None:
+            return self.p50_ms, self.p50_ms
+        return self.p50_low_ms, self.p50_high_ms
 
 
 @dataclass(frozen=True)
@@ -179,10 +193,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Example:
-    """A test sample that the best parent, the child or both get wrong.
+    """A test sample that parent or child get wrong, or of which they say something else.
 
-    sample: its number in the test set; before, after: what the parent and the child say of it, with
-    their probability; text: its beginning; image: a small PNG as a data URI, "" for neither.
+    sample: its number in the test set; label: what is right, "" where nothing is; before, after:
+    what the parent and the child say; text: its beginning, or of a token what stands around it;
+    image: a small PNG as a data URI, "" for neither; other, other_text, other_image: of a pair's
+    second sample.
 
     Raises: SlimfuseError when the image is none, so that a page never loads anything.
     """
@@ -194,11 +210,16 @@ class Example:
     kind: Change
     text: str = ""
     image: str = ""
+    other: int | None = None
+    other_text: str = ""
+    other_image: str = ""
 
     def __post_init__(self) -> None:
-        if self.image and not self.image.startswith(PNG):
-            raise SlimfuseError("an example's image is no PNG inside the report", where=self.label,
-                                got=self.image[:40], allowed=f"{PNG}…")  # fmt: skip
+        for image in (self.image, self.other_image):
+            if image and not image.startswith(PNG):
+                raise SlimfuseError("an example's image is no PNG inside the report",
+                                    where=f"sample {self.sample}", got=image[:40],
+                                    allowed=f"{PNG}…")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -235,7 +256,8 @@ class Report:
 
     settings: the recipe lock. timings: seconds per stage of the run. metric: the one to lead with,
     "" for the first by name. zeros, sizes: the layers of a sparse child, and its files. findings:
-    tables of diagnostics, by group. tried: for the ONNX files. examples: errors before and after.
+    tables of diagnostics, by group. tried: for the ONNX files. examples: errors before and after;
+    chosen: how they were chosen, "" of classes.
 
     Raises: SlimfuseError when two rows share a name or a speed-up names no row.
     """
@@ -258,6 +280,7 @@ class Report:
     findings: tuple[Finding, ...] = ()
     tried: tuple[Tried, ...] = ()
     examples: tuple[Example, ...] = ()
+    chosen: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", plain(self.settings))

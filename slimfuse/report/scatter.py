@@ -34,7 +34,7 @@ class Point:
     """A row in a plot: its figure and its place in x, each (low, value, high) as it is shown.
 
     label: what stands beside it, "" for nothing. timed: whether it was timed itself; else it is a
-    hollow mark where a row of its shape was timed.
+    hollow mark where a row of its shape was timed. tail: how far a thin bar goes on in x.
     """
 
     row: Row
@@ -42,6 +42,12 @@ class Point:
     x: tuple[float, float, float]
     label: str
     timed: bool = True
+    tail: float = 0.0
+
+    @property
+    def right(self) -> float:
+        """Where its level bar ends."""
+        return max(self.x[2], self.tail)
 
 
 def accuracy_latency(
@@ -56,7 +62,7 @@ def accuracy_latency(
     borrowed: Sequence[Row] = (),
     narrow: bool = False,
 ) -> str:
-    """Return the plot of `metric` with its interval against p50 latency, every row named.
+    """Return the plot of `metric` against p50 latency with both intervals, every row named.
 
     front: rows that a line ties, from left to right; unnamed: rows without a name beside them;
     borrowed: further rows, hollow, whose latency is that of a row of their shape; narrow: for a
@@ -65,8 +71,8 @@ def accuracy_latency(
     Raises: SlimfuseError when no row has both figures; ask `plottable` first.
     """
     points = [
-        Point(row, _scaled(metric, shown), (x.p50_ms, x.p50_ms, x.p90_ms),
-              "" if row.name in unnamed else row.name, timed)
+        Point(row, _scaled(metric, shown), (x.reach[0], x.p50_ms, x.reach[1]),
+              "" if row.name in unnamed else row.name, timed, x.p90_ms)
         for timed, some in ((True, rows), (False, borrowed))
         for row, shown, x in plottable(some, threads, batch, metric)
     ]  # fmt: skip
@@ -130,6 +136,17 @@ def plottable(
     return [(row, shown, latency) for row, shown, latency in found if shown and latency]
 
 
+def level_bar(rows: Sequence[Row], threads: int, batch: int) -> str:
+    """Return what the level bars of `accuracy_latency` are, in a clause."""
+    latencies = [row.at(threads, batch) for row in rows]
+    if any(x is not None and x.p50_low_ms is not None for x in latencies):
+        return (
+            "the level one that of the p50 latency, which a mark may hide, drawn on thinly to the "
+            "p90"
+        )
+    return "the level one runs from the p50 to the p90 latency"
+
+
 def _scatter(
     points: Sequence[Point],
     label: str,
@@ -155,7 +172,7 @@ def _scatter(
         ax.margins(0.14, 0.16)
         spread = [point.x[1] for point in points]
         if max(spread) > 4 * min(spread) > 0:
-            _log_ticks(ax, min(spread), max(point.x[2] for point in points))
+            _log_ticks(ax, min(spread), max(point.right for point in points))
         _stage_legend(figure, [point.row for point in points], colours, narrow)
         _name_points(figure, ax, points, colours)
         return to_svg(figure)
@@ -193,7 +210,8 @@ def _point(ax: Axes, point: Point, colours: Palette) -> None:
     x = point.x[1]
     if point.label:
         if point.timed:
-            ax.plot([point.x[0], point.x[2]], [value, value], color=colour, lw=1, alpha=0.55)
+            ax.plot([x, point.right], [value, value], color=colour, lw=1, alpha=0.55)
+            ax.plot(point.x[::2], [value, value], color=colour, lw=1.6, solid_capstyle="butt")
         ax.plot([x, x], [low, high], color=colour, lw=1.6, solid_capstyle="butt")
     size = 7 if point.label else 5
     fill, edge = (colour, colours.ground) if point.timed else (colours.ground, colour)
@@ -247,7 +265,7 @@ def _name_points(
         if point.label:
             marks.append((x, y))
         bottom, top = on_page(point.x[1], low)[1], on_page(point.x[1], high)[1]
-        left, right = on_page(point.x[0], value)[0], on_page(point.x[2], value)[0]
+        left, right = on_page(point.x[0], value)[0], on_page(point.right, value)[0]
         obstacles += [(x - 5, y - 5, x + 5, y + 5), (x - 2, bottom, x + 2, top)]
         obstacles.append((left, y - 1.5, right + 3, y + 1.5))
     texts = [

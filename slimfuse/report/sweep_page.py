@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich import box
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -10,8 +10,9 @@ from slimfuse.report import words
 from slimfuse.report.html import page
 from slimfuse.report.panels import Drawn, drawn
 from slimfuse.report.rows import Row
-from slimfuse.report.scatter import accuracy_latency, accuracy_size
+from slimfuse.report.scatter import accuracy_latency, accuracy_size, level_bar
 from slimfuse.report.sweep_rows import Candidate, SweepReport
+from slimfuse.report.table import NARROW, WIDE, Cells, filled_table, plain_table
 
 
 def render_sweep(report: SweepReport) -> str:
@@ -60,8 +61,8 @@ def _plots(report: SweepReport) -> list[Drawn]:
     return [
         drawn(
             f"{metric.capitalize()} against latency, {where}",
-            f"{better.capitalize()} and to the left is better. {bars}, the level one runs from the "
-            f"p50 to the p90 latency. {tied}{small if unnamed else ''}.",
+            f"{better.capitalize()} and to the left is better. {bars}, "
+            f"{level_bar(points, report.threads, report.batch)}. {tied}{small if unnamed else ''}.",
             f"Scatter plot of {metric} against p50 latency at {where}: {_seen(report, 'time')}.",
             *by_time,
         ),
@@ -87,40 +88,42 @@ def _seen(report: SweepReport, what: str) -> str:
 def sweep_table(report: SweepReport, *, width: int | None = None) -> Table:
     """Return one line per candidate after the parents: quality, size, p50 latency, speed-up.
 
-    width: of the terminal; below 100 the columns stand closer. Every cell is a `Text`: a name such
-    as "[bold]" is shown, never read as markup.
+    width: see `console_table`.
     """
-    table = Table(title=Text(report.name), box=box.SIMPLE_HEAD, title_justify="left")
-    table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
-    if width is not None and width < 100:
-        table.padding = (0, 0)
+    narrow = width is not None and width < 100
+    found = sweep_cells(report)
+    table = plain_table(report.name, found.conditions, width)
+    # these break at their blanks on a narrow terminal: no figure is cut
+    breaking = {found.columns[1]: 10, "p50": 7, "speed-up": 9, "": 5}
+    for name in found.columns:
+        side: JustifyMethod = "left" if name in ("candidate", "gates", "") else "right"
+        least = breaking.get(name)
+        table.add_column(Text(name), justify=side, no_wrap=least is None, min_width=least)
+    return filled_table(table, found, NARROW if narrow else WIDE)
+
+
+def sweep_cells(report: SweepReport) -> Cells:
+    """Return one line per candidate after the parents: quality, size, p50 latency, speed-up."""
     gated = any(candidate.gates for candidate in report.candidates)
     _, unit = words.scale(report.metric, report.candidates[0].row.metrics[report.metric])
-    table.caption = Text(
-        "± half of the 95 % interval · p50 in ms at "
-        f"{words.condition(report.threads, report.batch)}, ONNX, all timed in turns\n"
-        f"speed-up over {report.base}, with its 95 % interval · front: no other candidate is better"
-    )
-    table.caption_justify = "left"
-    table.add_column(Text("candidate"), overflow="fold", min_width=8)
-    table.add_column(Text(f"{report.metric} {unit}".strip()), justify="right", min_width=10)
-    for name in ("params", "size", "p50"):
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    table.add_column(Text("speed-up"), justify="right", min_width=9)
-    if gated:
-        table.add_column(Text("gates"))
-    table.add_column(Text(""), min_width=5)
+    columns = ["candidate", f"{report.metric} {unit}".strip(), "params", "size", "p50", "speed-up"]
+    rows = []
     for row in report.parents:
         told = "base" if row.name == report.base else "–"
-        table.add_row(*map(Text, _cells(report, row.name, row, told, *[""] * gated, "parent")))
+        rows.append(_cells(report, row.name, row, told, *[""] * gated, "parent"))
     for one in report.candidates:
         speed = one.speedup
         told = f"{speed.ratio:.2f}× {speed.low:.2f}–{speed.high:.2f}" if speed else "–"
         gates = [("passed" if one.passed else "FAILED")] * gated
-        table.add_row(
-            *map(Text, _cells(report, one.name, one.row, told, *gates, mark(report, one)))
-        )
-    return table
+        rows.append(_cells(report, one.name, one.row, told, *gates, mark(report, one)))
+    return Cells(
+        [*columns, *["gates"] * gated, ""],
+        rows,
+        "± half of the 95 % interval · p50 in ms at "
+        f"{words.condition(report.threads, report.batch)}, ONNX, all timed in turns\n"
+        f"speed-up over {report.base}, with its 95 % interval · front: no other candidate is "
+        "better",
+    )
 
 
 def mark(report: SweepReport, candidate: Candidate) -> str:
@@ -138,7 +141,4 @@ def _cells(report: SweepReport, name: str, row: Row, *more: str) -> list[str]:
 
 
 def _p50(report: SweepReport, row: Row) -> str:
-    found = row.at(report.threads, report.batch)
-    if found is None:
-        return "–"
-    return words.number(found.p50_ms) + ("~" if found.noisy else "")
+    return words.p50(row.at(report.threads, report.batch))

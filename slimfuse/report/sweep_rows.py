@@ -122,6 +122,12 @@ class SweepReport:
                 got="; ".join(gaps) or "no candidate",
             )
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the pick and every candidate, compact."""
+        from slimfuse.report.notebook import sweep_fragment
+
+        return sweep_fragment(self)
+
     @property
     def passed(self) -> bool:
         """Whether some candidate passes all gates, where there are any."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich import box
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from slimfuse.report import words
 from slimfuse.report.compare import RunsReport, lines
-from slimfuse.report.rows import Finding, Latency, Report, Row, Speedup
+from slimfuse.report.rows import Finding, Report, Row, Speedup
 from slimfuse.report.verdict import headline, primary_metric, reference, speedup_of
 
 
@@ -23,7 +24,12 @@ class Cells:
     conditions: str
 
 
-def _plain(title: str, conditions: str, width: int | None) -> Table:
+NARROW, WIDE = 14, 40
+"""How long a name's lines may be on a terminal below 100 columns, and on others."""
+
+
+def plain_table(title: str, conditions: str, width: int | None) -> Table:
+    """Return a table without columns; below a width of 100 they stand closer."""
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left")
     table.pad_edge, table.show_edge, table.collapse_padding = False, False, True
     if width is not None and width < 100:
@@ -32,33 +38,47 @@ def _plain(title: str, conditions: str, width: int | None) -> Table:
     return table
 
 
-def _filled(table: Table, found: Cells) -> Table:
-    for cells in found.rows:
-        table.add_row(*map(Text, cells))
+def filled_table(table: Table, found: Cells, limit: int) -> Table:
+    """Return a table with rows whose names have lines of at most `limit` characters."""
+    for name, *cells in found.rows:
+        table.add_row(Text(words.folded(name, limit)), *map(Text, cells))
     return table
 
 
 def console_table(report: Report, *, width: int | None = None) -> Table:
     """Return one line per row: quality, size, p50 latency, speed-up over the best parent.
 
-    width: of the terminal; below 100 the columns stand closer, so that four conditions fit in 80.
+    width: of the terminal; below 100 the columns stand closer. Where it is too small for all, the
+    intervals of latencies go first, then the stages: four conditions fit in 80.
 
     Every cell is a `Text`: a name such as "[bold]" is shown, never read as markup.
     """
-    found = run_cells(report)
-    table = _plain(report.name, found.conditions, width)
-    table.add_column(Text(found.columns[0]), overflow="fold", min_width=8)
-    table.add_column(Text(found.columns[1]), no_wrap=True)
-    # this and the last break at their blanks on a narrow terminal: no figure is cut
-    table.add_column(Text(found.columns[2]), justify="right", min_width=10)
-    for name in found.columns[3:-1]:
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    table.add_column(Text(found.columns[-1]), justify="right", min_width=9)
-    return _filled(table, found)
+    narrow = width is not None and width < 100
+    many = len(report.conditions)
+    found = run_cells(report, bare=width is not None and width < 65 + 15 * many)
+    if narrow and many > 2:
+        found = _without(found, found.columns.index("stage"))
+    table = plain_table(report.name, found.conditions, width)
+    # these break at their blanks on a narrow terminal: no figure is cut
+    breaking = {_heading(report, primary_metric(report)): 8, "speed-up": 9}
+    for name in found.columns:
+        side: JustifyMethod = "left" if name in ("model", "stage") else "right"
+        least = breaking.get(name)
+        table.add_column(Text(name), justify=side, no_wrap=least is None, min_width=least)
+    return filled_table(table, found, NARROW if narrow else WIDE)
 
 
-def run_cells(report: Report) -> Cells:
-    """Return one line per row of a run: its quality, size, p50 latencies and speed-up."""
+def _without(found: Cells, place: int) -> Cells:
+    """Return a table without one column."""
+    rows = [row[:place] + row[place + 1 :] for row in found.rows]
+    return Cells(found.columns[:place] + found.columns[place + 1 :], rows, found.conditions)
+
+
+def run_cells(report: Report, *, bare: bool = False) -> Cells:
+    """Return one line per row of a run: its quality, size, p50 latencies and speed-up.
+
+    bare: latencies without their intervals.
+    """
     metric, base, at = primary_metric(report), reference(report), headline(report)
     timed = [f"p50\nb{batch} t{threads}" for threads, batch in report.conditions]
     columns = ["model", "stage", _heading(report, metric), "params", "size", *timed, "speed-up"]
@@ -66,7 +86,9 @@ def run_cells(report: Report) -> Cells:
     for row in report.rows:
         cells = [row.name, row.stage, _quality(row, metric)]
         cells += [words.count(row.params), words.size(row.bytes)]
-        cells += [_p50(row.at(threads, batch)) for threads, batch in report.conditions]
+        cells += [
+            words.p50(row.at(threads, batch), bare=bare) for threads, batch in report.conditions
+        ]
         rows.append([*cells, _speedup(report, row, base, at)])
     return Cells(columns, rows, _conditions(report))
 
@@ -77,11 +99,12 @@ def runs_table(report: RunsReport, *, width: int | None = None) -> Table:
     width: see `console_table`.
     """
     found = runs_cells(report)
-    table = _plain(f"{len(report.runs)} runs", found.conditions, width)
-    table.add_column(Text(found.columns[0]), overflow="fold", min_width=8)
+    narrow = width is not None and width < 100
+    table = plain_table(f"{len(report.runs)} runs", found.conditions, width)
+    table.add_column(Text(found.columns[0]), no_wrap=True)
     for name in found.columns[1:]:
         table.add_column(Text(name), justify="right", min_width=9 if name == "speed-up" else None)
-    return _filled(table, found)
+    return filled_table(table, found, NARROW if narrow else WIDE)
 
 
 def runs_cells(report: RunsReport) -> Cells:
@@ -91,7 +114,7 @@ def runs_cells(report: RunsReport) -> Cells:
     for one in lines(report):
         row, speed = one.row, one.speedup
         cells = [one.run.name, _quality(row, one.metric), words.count(row.params)]
-        cells += [words.size(row.bytes), _p50(one.latency), _ratio(speed) if speed else "–"]
+        cells += [words.size(row.bytes), words.p50(one.latency), _ratio(speed) if speed else "–"]
         rows.append([*cells, "–" if one.int8 is None else _quality(one.int8, one.metric)])
     return Cells(
         ["run", "quality", "params", "size", "p50", "speed-up", "INT8"],
@@ -124,10 +147,6 @@ def _quality(row: Row, metric: str | None) -> str:
     if metric is None or metric not in row.metrics:
         return "not measured"
     return words.plus_minus(metric, row.metrics[metric])
-
-
-def _p50(latency: Latency | None) -> str:
-    return "–" if latency is None else words.number(latency.p50_ms) + "~" * latency.noisy
 
 
 def _ratio(speedup: Speedup) -> str:

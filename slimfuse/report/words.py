@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from slimfuse.report.rows import Figure, Row, Speedup
+from slimfuse.report.rows import Figure, Latency, Row, Speedup
 
 _SHARES = (
     "accuracy", "top", "f1", "precision", "recall", "auc", "agreement", "overlap", "error", "ece",
@@ -74,6 +74,25 @@ def plus_minus(metric: str, figure: Figure) -> str:
     return f"{value} ± {bare(metric, figure, (figure.high - figure.low) / 2)}"
 
 
+def p50_interval(latency: Latency) -> str:
+    """Return the 95 % interval of p50 in milliseconds without unit, "" where it isn't known."""
+    if latency.p50_low_ms is None or latency.p50_high_ms is None:
+        return ""
+    return f"{number(latency.p50_low_ms)}–{number(latency.p50_high_ms)}"
+
+
+def p50(latency: Latency | None, *, bare: bool = False) -> str:
+    """Return p50 in milliseconds with half its interval, as 5.61 ± 0.02; a tilde where it is noisy.
+
+    bare: without the interval.
+    """
+    if latency is None:
+        return "–"
+    told = number(latency.p50_ms) + "~" * latency.noisy
+    low, high = latency.reach
+    return told if bare or not p50_interval(latency) else f"{told} ± {(high - low) / 2:.2g}"
+
+
 def count(value: float) -> str:
     """Return a count with a decimal prefix: 1.2 M."""
     for step, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -133,6 +152,18 @@ def short(text: object, limit: int = 28) -> str:
         return line
     head = limit // 2
     return f"{line[:head]}…{line[head + 1 - limit :]}"
+
+
+def folded(name: str, limit: int) -> str:
+    """Return a name in lines of at most `limit` characters, folded behind hyphens and the like."""
+    lines = [""]
+    for piece in re.split(r"(?<=[-_./,=+ ])", name):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > limit:
+            lines.append("")
+        lines[-1] += piece
+        while len(lines[-1].rstrip()) > limit:  # no place to fold
+            lines[-1:] = [lines[-1][:limit], lines[-1][limit:]]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def natural(text: str) -> list[tuple[int, int, str]]:

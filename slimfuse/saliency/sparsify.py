@@ -20,7 +20,7 @@ from slimfuse.saliency.gradients import Batches, BatchLoss, count_rows, gradient
 from slimfuse.saliency.inverse import Route, choose, cut_rows
 from slimfuse.saliency.masks import Masks
 from slimfuse.saliency.patterns import UNSTRUCTURED, Layer, lowest, prunable
-from slimfuse.saliency.sparsify_plan import of, units
+from slimfuse.saliency.sparsify_plan import joined, units
 from slimfuse.saliency.sparsify_spec import Spec, cubic
 from slimfuse.saliency.sparsify_state import (
     LayerRecord,
@@ -110,7 +110,7 @@ def weight_scores(
     run.measure_step()
     for passes in run.units():
         run.score(passes)
-    return {la.name: run.joined(run.state.scores, la).view(la.shape) for la in run.layers}
+    return {la.name: joined(run.state.scores, la).view(la.shape) for la in run.layers}
 
 
 class _Run(Generic[T]):
@@ -198,7 +198,7 @@ class _Run(Generic[T]):
             check_alike([*chosen.values(), *self.state.new.values()], self.reduce)
         self.save(now=True)  # the model is still the one that the parts were made from
         for layer in self.layers:
-            new = self.pattern.back(layer, self.joined(self.state.new, layer))
+            new = self.pattern.back(layer, joined(self.state.new, layer))
             with torch.no_grad():
                 self.parameters[layer.name].copy_(new)
         self.state.end(self.layers, chosen)
@@ -224,7 +224,7 @@ class _Run(Generic[T]):
                 steps[part.key] = found[: part.weights.stop - part.weights.start]
                 damped += self.state.dampings[part.key] * float(found.square().sum())
         sums = {}
-        whole = {la.name: self.pattern.back(la, self.joined(steps, la)) for la in self.layers}
+        whole = {la.name: self.pattern.back(la, joined(steps, la)) for la in self.layers}
 
         def seen() -> Iterable[Mapping[str, Tensor]]:
             return gradients(self.model, self.loss, self.batches(), list(whole),
@@ -270,7 +270,7 @@ class _Run(Generic[T]):
     def _choose(self, passes: Sequence[Sequence[Part]], share: float) -> dict[str, Tensor]:
         """Return which weights (d,) of the passes' layers stay."""
         layers = list({part.layer: None for parts in passes for part in parts})
-        found = {la.name: self.joined(self.state.scores, la) for la in layers}
+        found = {la.name: joined(self.state.scores, la) for la in layers}
         if self.pattern.keep is not None:
             return {name: keep & self.state.kept[name] for name, keep in found.items()}
         size = self.pattern.size
@@ -374,11 +374,6 @@ class _Run(Generic[T]):
         """Return a part's own of a layer's flat values (d,), as blocks (n, B)."""
         device = self.parameters[part.layer.name].device
         return cut_rows(flat[part.weights][None].to(device), part.block)[:, 0]
-
-    def joined(self, parts: Mapping[str, Tensor], layer: Layer) -> Tensor:
-        """Return what a layer's parts have, one after the other."""
-        own = [(int(k.rpartition(":")[2]), v) for k, v in parts.items() if of(k, layer)]
-        return torch.cat([v for _, v in sorted(own, key=lambda pair: pair[0])])
 
     def masks(self) -> Masks:
         """Return the masks as they are."""

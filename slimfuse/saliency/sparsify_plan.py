@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from slimfuse.saliency.fisher import Part, plan
 from slimfuse.saliency.inverse import Route
@@ -37,6 +40,12 @@ def units(
 
 def _whole(layer: Layer, block: int) -> Part:
     return Part(layer, block, 0, -(-layer.size // block))
+
+
+def joined(parts: Mapping[str, Tensor], layer: Layer) -> Tensor:
+    """Return what a layer's parts have, one after the other."""
+    own = [(int(k.rpartition(":")[2]), v) for k, v in parts.items() if of(k, layer)]
+    return torch.cat([v for _, v in sorted(own, key=lambda pair: pair[0])])
 
 
 def of(key: str, layer: Layer) -> bool:

@@ -16,7 +16,7 @@ from slimfuse.errors import SlimfuseError
 from slimfuse.saliency.fisher import Reduce, agreed
 from slimfuse.saliency.masks import pack, read_tensors, unpack, write_tensors
 from slimfuse.saliency.patterns import Layer
-from slimfuse.saliency.sparsify_plan import of
+from slimfuse.saliency.sparsify_plan import joined, of
 
 KIND = "slimfuse-sparsify-2"
 
@@ -38,6 +38,8 @@ class LayerRecord:
     """What a layer lost: how many of its weights stay, and what the last step says of it.
 
     increase: of the loss by the quadratic model; damping: λ; None where there was no Fisher.
+    saliency: the share of the scores of what the last step began with that stays; None of N:M,
+    where groups have none.
     """
 
     name: str
@@ -46,6 +48,7 @@ class LayerRecord:
     kept: int
     increase: float | None
     damping: float | None
+    saliency: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -80,6 +83,7 @@ class State:
                 la.name, la.shape, la.size, int(chosen[la.name].sum()),
                 _total(v for k, v in self.costs.items() if of(k, la)),
                 next((v for k, v in self.dampings.items() if of(k, la)), None),
+                self._held(la, chosen[la.name]),
             )
             for la in layers
         ]  # fmt: skip
@@ -90,6 +94,16 @@ class State:
         for part in (self.scores, self.new, self.costs, self.dampings):
             part.clear()
         self.mean = None
+
+    def _held(self, layer: Layer, chosen: Tensor) -> float | None:
+        """Return the share of a layer's scores that the weights chosen (d,) hold."""
+        scores = joined(self.scores, layer)
+        if scores.dtype == torch.bool:
+            return None
+        size = layer.size // len(scores)
+        kept, stays = (one.cpu().view(-1, size).any(1) for one in (self.kept[layer.name], chosen))
+        total = scores[kept].sum()
+        return float(scores[stays].sum() / total) if float(total) > 0 else None
 
     def save(self, path: Path, model: nn.Module, digest: str) -> None:
         """Write the state and the model, whole or not at all."""

@@ -101,8 +101,7 @@ class _Embedding(Task):
         """
         own = nn.functional.normalize(evidence["embeddings"].double(), dim=1)
         wanted = own if reference is None else nn.functional.normalize(reference.double(), dim=1)
-        pairs = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))
-        left, right = pairs[: len(own) // 2 * 2].view(2, -1)
+        left, right = disjoint_pairs(len(own))
         likeness = [(e[left] * e[right]).sum(1) for e in (own, wanted)]
 
         def shared() -> Measured:
@@ -113,6 +112,12 @@ class _Embedding(Task):
             "spearman": lambda: rank_correlation(*likeness),
             "neighbour_overlap": shared,
         }
+
+
+def disjoint_pairs(count: int) -> Tensor:
+    """Return random pairs (2, count // 2) of samples, each in one of them at most."""
+    places = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return places[: count // 2 * 2].view(2, -1)
 
 
 def overlap(one: Tensor, two: Tensor, count: int = NEIGHBOURS) -> Tensor:

@@ -26,13 +26,15 @@ ROWS = 512  # tokens whose logits are reduced at a time
 class LanguageTask(TextTask):
     """What both kinds share: logits (n, tokens, vocabulary), labels (n, tokens), −100 elsewhere.
 
-    joins: whether texts are joined and cut into blocks of one length.
+    joins: whether texts are joined and cut into blocks of one length; ahead: how far behind a
+    place the token stands that is asked for there.
     """
 
     metrics = (Metric("perplexity", "lower", share=False), Metric("token_accuracy"))
     batch_size = 8
     cached = labelled = by_class = False
     joins = True
+    ahead = 0
     sample = "block"
 
     def packing(self, packed: bool) -> Self:
@@ -95,6 +97,7 @@ class CausalLanguageModelling(LanguageTask):
 inputs = preprocessor("A text", return_tensors="pt")
 print(preprocessor.decode(model.generate(**inputs, max_new_tokens=32)[0]))"""
     auto_model = "AutoModelForCausalLM"
+    ahead = 1
 
     def load(self, folder: Path) -> Any:
         """Return the saved tokenizer; where it has no padding token, texts end in its own end."""

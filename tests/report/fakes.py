@@ -32,8 +32,22 @@ def share(value: float, n: int = 10_000) -> Figure:
 def latencies(p50: float, **noise: bool) -> tuple[Latency, ...]:
     factors = {(1, 1): 1.0, (2, 1): 0.57, (1, 8): 7.3, (2, 8): 4.1}
     return tuple(
-        Latency(t, b, p50 * k, p50 * k * 1.08, p50 * k * 1.31, 412, **noise)
+        Latency(t, b, p50 * k, p50 * k * 1.08, p50 * k * 1.31, 412, p50_low_ms=p50 * k * 0.995,
+                p50_high_ms=p50 * k * 1.01, **noise)
         for (t, b), k in factors.items()
+    )  # fmt: skip
+
+
+def without_intervals(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Return rows as reports had them before the intervals of latencies were kept."""
+    return tuple(
+        dataclasses.replace(
+            row,
+            latency=tuple(
+                dataclasses.replace(x, p50_low_ms=None, p50_high_ms=None) for x in row.latency
+            ),
+        )
+        for row in rows
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from report.fakes import CONDITIONS, fake_report, fake_rows
+import pytest
+from report.fakes import CONDITIONS, fake_report, fake_rows, quick_report, without_intervals
 from rich.console import Console
 
 from slimfuse.report import (
@@ -43,6 +44,28 @@ def test_console_table_cuts_no_figure_on_a_narrow_terminal() -> None:
     assert "…" not in text
     for word in ("vit-a", "4.3 M", "17.2 MB", "2.11×", "2.05–2.19", "28.6~"):
         assert word in text
+    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_names_fold_at_hyphens_and_figures_are_whole(width: int) -> None:
+    names = ("random-refit", "random-refit-of-another-family", "x" * 30)
+    rows = (*fake_rows()[:2],
+            *(dataclasses.replace(fake_rows()[3], name=n) for n in names))  # fmt: skip
+    for report in (fake_report(rows=rows, speedups=()), quick_report()):
+        lines = printed(report, width).splitlines()
+        assert all(len(line.rstrip()) <= width for line in lines)
+    lines = printed(fake_report(rows=rows, speedups=()), width).splitlines()
+    assert any(line.startswith("random-refit ") for line in lines)
+    if width == 80:
+        assert {"of-another-", "family"} <= {line.strip() for line in lines}
+
+
+def test_latencies_have_their_interval_where_it_is_known() -> None:
+    report = quick_report()
+    assert "6.74 ± 0.051" in printed(report)  # 11.83 · 0.57, −0.5 % to +1 %
+    old = dataclasses.replace(report, rows=without_intervals(report.rows))
+    assert "±" in printed(old) and "6.74 ±" not in printed(old)
 
 
 def test_console_table_shows_markup_as_written() -> None:

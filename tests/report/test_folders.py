@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from report.fakes import fake_report, fake_sweep, quick_report
+from report.fakes import fake_example, fake_report, fake_sweep, quick_report
 from report.test_page import Page
 
 from slimfuse.errors import UserError
@@ -38,6 +38,15 @@ def test_a_page_is_drawn_again_from_its_figures(tmp_path: Path, run: Callable[..
     assert code == 0 and f"report: {home / 'report.html'}" in out and "87.9 ± 0.6" in out
     page = (home / "report.html").read_text()
     assert verdict(quick_report()) in Page(page).text and "From parent vit-a" in page
+
+
+def test_a_page_for_others_can_do_without_samples(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    home = folder(tmp_path, text=to_json(quick_report(examples=(fake_example(),))))
+    for option, shown in (("--no-examples", False), ("--examples", True)):
+        code, *_ = run(home, option)
+        page = (home / "report.html").read_text()
+        assert code == 0 and ("sandal (61%)" in page) == shown == ("image/png" in page)
+    assert load(home).examples, "the figures stay as they are"
 
 
 def test_page_and_figures_go_where_they_are_wanted(

@@ -19,10 +19,12 @@ from report.fakes import (
     fake_report,
     fake_rows,
     quick_report,
+    without_intervals,
 )
 
 from slimfuse.errors import SlimfuseError
 from slimfuse.report import (
+    Example,
     GateResult,
     Picture,
     Report,
@@ -190,6 +192,34 @@ def test_errors_are_shown_with_their_samples() -> None:
     assert {"Sample 17, labelled boot"} <= {img["alt"] for img in page.all("img")}
     with pytest.raises(SlimfuseError, match="no PNG inside"):
         dataclasses.replace(fake_example(), image="https://example.org/x.png")
+
+
+def test_pairs_and_passages_are_shown_as_they_are_and_escaped() -> None:
+    evil = "<b>'s & [?]"
+    pair = Example(3, "", "cos 0.11", "cos 0.62", "nearer", evil, other=9, other_text="the other")
+    token = Example(4, "' York'", "' York' (61%)", "' Jersey' (9%)", "worse", evil)
+    report = quick_report(examples=(pair, token), chosen=f"how {evil} was chosen")
+    assert from_json(to_json(report)) == report
+    html = render_html(report)
+    page = Page(html)
+    assert "<b>" not in html and page.text.count(evil) == 3
+    for told in ("3 and 9", "the other", "' Jersey' (9%)", "nearer"):
+        assert told in page.text
+    assert "whose wrong answer is the surest" not in page.text
+    bare = Page(render_html(quick_report(examples=(pair,), chosen="x"))).text
+    assert "Label" not in bare  # pairs have none
+
+
+def test_old_reports_without_intervals_of_latencies_are_drawn() -> None:
+    new = quick_report()
+    old = dataclasses.replace(new, rows=without_intervals(new.rows))
+    pages = [Page(render_html(report)) for report in (new, old)]
+    assert "6.71–6.81" in pages[0].text and "drawn on thinly to the p90" in pages[0].text
+    assert "6.71–6.81" not in pages[1].text and "from the p50 to the p90" in pages[1].text
+    text = to_json(old).replace(', "p50_low_ms": null', "")
+    lines = [line for line in text.splitlines() if "p50_low_ms" not in line]
+    kept = "\n".join(line for line in lines if "p50_high_ms" not in line)
+    assert from_json(kept) == old
 
 
 def test_twenty_pictures_stay_small() -> None:

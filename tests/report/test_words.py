@@ -17,6 +17,23 @@ from slimfuse.report.html import tree
 
 
 @pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("vit-a", ["vit-a"]),
+        ("random-refit", ["random-refit"]),
+        ("vit-fashion-mnist-half", ["vit-fashion-", "mnist-half"]),
+        ("one word more than fits", ["one word more", "than fits"]),
+        ("x" * 20, ["x" * 14, "x" * 6]),
+        ("target.hidden_size=0.5", ["target.hidden_", "size=0.5"]),
+        ("", [""]),
+    ],
+)
+def test_names_are_folded_where_they_may(name: str, lines: list[str]) -> None:
+    assert words.folded(name, 14).split("\n") == lines
+    assert "".join(words.folded(name, 14).split()) == name.replace(" ", "")
+
+
+@pytest.mark.parametrize(
     ("got", "want"),
     [
         (words.count(1_197_834), "1.2 M"),

@@ -132,7 +132,21 @@ def test_units_and_heads_that_say_nothing_go_first(saliency: str) -> None:
     kept = {p.part: p.sources for p in found.parts if p.layer == 0}
     assert [u for _, _, u in kept["fc1"]] == [i for i in range(17) if i not in dropped]
     assert [h for _, _, h in kept["q_proj"]] == [0, 1, 2]
+    held = {p.role: p.saliency for p in found.parts if p.sources}
+    assert held == pytest.approx(dict.fromkeys(("q", "k", "v", "up"), 1.0))
     assert gap(target, model) < 1e-4  # the ridge of 1e-9; heads of 3 units sit in 5
+
+
+def test_what_the_kept_units_hold_is_their_share_of_all_scores() -> None:
+    model = random_vit()
+    _, found = refitted([model], {"intermediate_size": 9}, units="saliency", saliency="uniform")
+    shares = [p.saliency for p in found.parts if p.role == "up"]
+    assert shares == pytest.approx([9 / 17] * len(shares))  # of 17 units that count alike
+    for saliency in ("energy", "taylor"):  # the best 9 hold more than any 9 do on average
+        _, found = refitted([model], {"intermediate_size": 9}, units="saliency", saliency=saliency)
+        assert all(9 / 17 < p.saliency < 1 for p in found.parts if p.role == "up")
+    _, plain = refitted([model], {"intermediate_size": 9})
+    assert {p.saliency for p in plain.parts} == {None}
 
 
 def test_random_choice_is_a_control_that_keeps_other_units() -> None:

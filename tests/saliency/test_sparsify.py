@@ -89,6 +89,9 @@ def test_woodfisher_is_its_formulas() -> None:
     assert scores[~kept].max() < scores[kept].min()  # one ranking over all layers
     told = weight_scores(net(), loss, lambda: BATCHES, spec)
     torch.testing.assert_close(torch.cat([t.flatten() for t in told.values()]), scores)
+    for record in found.layers:
+        own, mask = told[record.name], found.masks[record.name]
+        assert record.saliency == pytest.approx(float(own[mask].sum() / own.sum()))
 
 
 @pytest.mark.parametrize("joint", [True, False])

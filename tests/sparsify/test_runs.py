@@ -148,9 +148,14 @@ def test_compression_counts_bytes(tmp_path: Path) -> None:
 
 def test_names_lose_what_all_share() -> None:
     names = ["m.layers.0.fc1.weight", "m.layers.1.fc1.weight", "m.head.weight"]
-    assert short_names(names) == ["layers.0.fc1", "layers.1.fc1", "head"]
+    assert short_names(names) == ["0.fc1", "1.fc1", "head"]
     assert short_names(["a.weight"]) == ["a.weight"]
-    assert short_names(["a.weight", "b.a.weight"]) == ["a.weight", "b.a.weight"]
+    assert short_names(["a.weight", "b.a.weight"]) == ["a", "b.a"]
+    block = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
+    bert = [f"encoder.layer.{i}.{name}.weight" for i in range(2) for name in block]
+    assert short_names([*bert, "pooler.dense.weight"])[4:] == [
+        "1.attention.self.query", "1.attention.output", "1.intermediate", "1.output", "pooler",
+    ]  # fmt: skip
 
 
 # ---- the verb

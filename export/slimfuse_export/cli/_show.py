@@ -42,14 +42,16 @@ def show_bench(console: Console, result: BenchResult, ratios: Sequence[Ratio]) -
     """Print the latencies, the ratios to the first model and the conditions."""
     sized = any(row.dims for row in result.latencies)
     headings = ("model", "threads", "batch", *(["dims"] if sized else []),
-                "p50 ms", "p90 ms", "p99 ms", "rows/s", "calls", "")  # fmt: skip
+                "p50 ms", "95 %", "p90 ms", "p99 ms", "rows/s", "calls", "")  # fmt: skip
     rows = [
         (
             row.name,
             str(row.threads),
             str(row.batch),
             *([row.dims] if sized else []),
-            *(f"{ms:.3f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms)),
+            f"{row.p50_ms:.3f}",
+            "–" if row.p50_low_ms is None else f"{row.p50_low_ms:.3f}–{row.p50_high_ms:.3f}",
+            *(f"{ms:.3f}" for ms in (row.p90_ms, row.p99_ms)),
             f"{row.throughput:.4g}",
             str(row.n),
             Text("noisy", "yellow") if row.noisy else "",
