@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-SOURCES := slimfuse export tests benchmarks
+SOURCES := slimfuse export tests benchmarks docs
 
 .PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist \
 	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
@@ -25,6 +25,7 @@ lint: install-test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/mypy docs/*.py
 
 format: install-test
 	$(BIN)/ruff check --fix $(SOURCES)
