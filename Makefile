@@ -17,9 +17,10 @@ SOURCES := slimfuse export tests benchmarks docs
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
 
-# a file's tests stay in one process, which makes their fixtures once; one thread in each
+# a file's tests stay in one process, which makes their fixtures once; one thread in each;
+# the longest files are the first (tests/conftest.py)
 test: install-test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install-test
 	$(BIN)/ruff check $(SOURCES)
