@@ -4,9 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-SOURCES := slimfuse export tests benchmarks
+SOURCES := slimfuse export tests benchmarks docs
 
-.PHONY: demo test lint format install install-test bench-digits bench-fashion-mnist \
+.PHONY: demo test suite lint format install install-test bench-digits bench-fashion-mnist \
 	bench-nets bench-scale bench-methods bench-equal-width bench-knowledge bench-halves \
 	bench-widths bench-depth bench-embedding bench-smollm2 bench-wordnet bench-stream-maps bench-saliency-cost \
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
@@ -17,14 +17,20 @@ SOURCES := slimfuse export tests benchmarks
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
 
-# a file's tests stay in one process, which makes their fixtures once; one thread in each
-test: install-test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# both at once: mypy needs most of a minute of one core
+test: install-test
+	$(MAKE) -j 2 lint suite
+
+# a file's tests stay in one process, which makes their fixtures once; one thread in each;
+# the longest files are the first (tests/conftest.py)
+suite: install-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install-test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/mypy docs/*.py
 
 format: install-test
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -24,13 +24,13 @@ Unknown keys are errors. **must**: the key has no default.
 
 def page() -> str:
     """Return the whole page."""
-    parts, seen = [HEAD], {}
+    parts, seen = [HEAD], dict[str, str]()
     for title, recipe in (
         ("Recipes", Recipe),
         ("Recipes of plain nets (`family: auto`)", NetRecipe),
     ):
         schema = recipe.model_json_schema(by_alias=True, mode="validation")
-        parts.append(f"## {title}\n\n{recipe.__doc__.splitlines()[0]}\n\n")
+        parts.append(f"## {title}\n\n{(recipe.__doc__ or '').splitlines()[0]}\n\n")
         parts += _tables(recipe, schema, schema, "", seen)
     return "".join(parts).rstrip() + "\n"
 

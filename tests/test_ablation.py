@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from tiny_comparison import ALONE, made
+from tiny_comparison import ALONE, SHALLOW_ALONE, made
 from tiny_run import events, recipe, write_recipe
 
 from slimfuse.errors import ShapeError, UserError
@@ -56,7 +56,7 @@ def test_an_ablation_is_the_recipe_with_one_key_changed() -> None:
 def ablated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Comparison]:
     """A recipe, the folder of its ablation with two seeds, and what came out."""
     root = tmp_path_factory.mktemp("ablate")
-    spec = recipe(parents=ALONE, data={"limit": {"train": 100, "test": 40}})
+    spec = recipe(parents=SHALLOW_ALONE, data={"limit": {"train": 100, "test": 40}})
     path = write_recipe(root / "tiny.yaml", spec)
     return path, root / "out", compare(
         path, seeds=(0, 1), steps=(0, 2), vary=VARY, out=root / "out"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from tiny_comparison import ALONE, made
+from tiny_comparison import ALONE, SHALLOW_ALONE, SHALLOW_PAIR, made
 from tiny_run import events, recipe, write_recipe
 
 from slimfuse.errors import ParentError, UserError
@@ -133,7 +133,9 @@ def test_the_table_shows_means_leads_and_refusals() -> None:
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Comparison]:
     """A recipe, the folder of its comparison with two seeds, and what came out."""
     root = tmp_path_factory.mktemp("compare")
-    spec = recipe(baselines=["subclone"], data={"limit": {"train": 100, "test": 40}})
+    spec = recipe(
+        parents=SHALLOW_PAIR, baselines=["subclone"], data={"limit": {"train": 100, "test": 40}}
+    )
     path = write_recipe(root / "tiny.yaml", spec)
     return path, root / "out", compare(path, seeds=(0, 1), steps=(2, 0), out=root / "out")
 
@@ -215,7 +217,9 @@ def test_a_single_parent_and_seeds_in_overrides(
     monkeypatch.setattr(comparison, "prepare_again", prepare_again)
     path = write_recipe(
         tmp_path / "one.yaml",
-        recipe(parents=ALONE, data={"limit": {"train": 60, "test": 40}}, finetune={"epochs": 1}),
+        recipe(
+            parents=SHALLOW_ALONE, data={"limit": {"train": 60, "test": 40}}, finetune={"epochs": 1}
+        ),
     )
     found = compare(path, seeds=(1, 3), overrides=("finetune.lr=1e-{seed}",), out=tmp_path / "out")
     assert seen == [0.1, 0.001]

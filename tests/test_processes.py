@@ -18,7 +18,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from ranks import RANKS, start
 from safetensors.torch import load_file
-from tiny_run import RECIPE, die, events, recipe, write_recipe
+from tiny_comparison import SHALLOW_ALONE
+from tiny_run import die, events, recipe, write_recipe
 from torch.multiprocessing import ProcessExitedException
 
 from slimfuse import processes
@@ -167,7 +168,9 @@ def run(accelerator: Accelerator, path: Path, root: Path) -> None:
 
 
 def test_two_processes_make_the_stages_of_one(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"sparsify": SPARSE, "finetune": {"epochs": 1}, "baselines": []}
+    changes: dict[str, Any] = {
+        "parents": SHALLOW_ALONE, "sparsify": SPARSE, "finetune": {"epochs": 1}, "baselines": [],
+    }  # fmt: skip
     path = write_recipe(tmp_path / "r.yaml", recipe(**changes))
     start(run, path, tmp_path / "two")
     with pytest.raises(Cut):
@@ -207,7 +210,8 @@ def lose(accelerator: Accelerator, path: Path, root: Path) -> None:
 def test_a_run_that_lost_a_process_goes_on_from_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, root = write_recipe(tmp_path / "r.yaml", RECIPE), tmp_path / "run"
+    spec = recipe(parents=SHALLOW_ALONE, baselines=[])
+    path, root = write_recipe(tmp_path / "r.yaml", spec), tmp_path / "run"
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
         start(lose, path, root)
     for _ in range(100):

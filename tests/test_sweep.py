@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from test_pipeline_resume import at_start, patch
+from tiny_comparison import SHALLOW_ALONE
 from tiny_run import (
-    TRAIN,
     die,
     events,
     folder_bytes,
@@ -42,9 +42,10 @@ NAMES = ["hidden_size=0.75", "hidden_size=0.5"]
 
 @pytest.fixture(scope="module")
 def patched() -> Any:
-    """No interpreter is started to prove a finished folder: that is no part of what is tested."""
+    """No folder is proved by another interpreter, no candidate's page drawn: see the tiny run."""
     with pytest.MonkeyPatch.context() as patch:
         unproved(patch)
+        undrawn(patch)
         yield patch
 
 
@@ -53,7 +54,7 @@ def swept(patched: Any, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """A recipe, the folder of its sweep over two widths, and what came out."""
     root = tmp_path_factory.mktemp("sweep")
     spec = recipe(
-        parents=[{"name": "a", "train": TRAIN}],
+        parents=SHALLOW_ALONE,
         data={"limit": {"train": 100, "test": 40}},
         baselines=["select"],
         export={"quantize": {"mode": "none"}},
@@ -65,8 +66,9 @@ def swept(patched: Any, tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 @pytest.fixture
 def copied(swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the finished sweep's folder."""
+    """A copy of the finished sweep's folder; pages are not drawn again."""
     undrawn(monkeypatch)
+    monkeypatch.setattr(sweep_verb, "render_sweep", lambda _report: "<html>")
     return Path(shutil.copytree(swept[1], tmp_path / "again"))
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import TRAIN, events, folder_bytes, in_child, recipe, undrawn, unproved, write_recipe
+from tiny_comparison import SHALLOW_ALONE
+from tiny_run import events, folder_bytes, in_child, recipe, undrawn, unproved, write_recipe
 
 from slimfuse import cli, cluster
 from slimfuse.cluster import Answer, answer, calling, unpacked
@@ -29,7 +30,7 @@ Swept = tuple[Path, Sweep]
 
 def spec() -> dict[str, Any]:
     return recipe(
-        parents=[{"name": "a", "train": TRAIN}],
+        parents=SHALLOW_ALONE,
         data={"limit": {"train": 100, "test": 40}},
         fuse={"method": "select"},  # seconds less than a refit and its control
         export={"quantize": {"mode": "none"}},

@@ -16,7 +16,7 @@ from slimfuse.tasks import TASKS
 from slimfuse.tasks.image_classification import make_processor
 
 IMAGES = "image-classification"
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
          "intermediate_size": 24, "max_position_embeddings": POSITIONS}  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def save_gpt2(folder: Path) -> Path:
     )  # fmt: skip
     kept.model_input_names = ["input_ids", "attention_mask"]
     config = AutoConfig.for_model(
-        "gpt2", vocab_size=len(kept), n_embd=16, n_layer=2, n_head=2, n_positions=POSITIONS,
+        "gpt2", vocab_size=len(kept), n_embd=16, n_layer=1, n_head=2, n_positions=POSITIONS,
         eos_token_id=3, bos_token_id=3,
     )  # fmt: skip
     save(folder, AutoModelForCausalLM, config, kept, _texts(kept))

@@ -1,7 +1,7 @@
-"""Opens a folder with transformers or optimum-onnx and prints one line of JSON for each input.
+"""Opens folders with transformers or optimum-onnx and prints one line of JSON for each input.
 
-python open_folder.py TOOL FOLDER FILE < inputs.json; nothing of slimfuse is imported. FILE: the
-graph, which transformers don't need.
+python open_folder.py TOOL FILE < questions.json, a list of `folder`, `task` and `inputs`; nothing
+of slimfuse is imported. FILE: the graph, which transformers don't need.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 CLASSES = {
@@ -20,14 +19,18 @@ CLASSES = {
 }
 
 
-def main(tool: str, folder: str, file: str) -> None:
+def main(tool: str, file: str) -> None:
     """Answer what standard input asks."""
     sys.modules["slimfuse"] = sys.modules["slimfuse_export"] = None  # type: ignore[assignment]
+    for asked in json.load(sys.stdin):
+        answer(tool, file, asked["folder"], asked["task"], asked["inputs"])
+
+
+def answer(tool: str, file: str, folder: str, task: str, inputs: list[Any]) -> None:
+    """Print what a folder's model says to every input."""
     import numpy as np
     import torch
 
-    asked = json.load(sys.stdin)
-    task = asked["task"]
     model: Any
     if tool == "transformers":
         own = CLASSES[task].replace("FeatureExtraction", "")
@@ -44,7 +47,7 @@ def main(tool: str, folder: str, file: str) -> None:
         prepare = transformers.AutoImageProcessor.from_pretrained(folder, use_fast=False)
     else:
         prepare = transformers.AutoTokenizer.from_pretrained(folder)
-    for one in asked["inputs"]:
+    for one in inputs:
         if task == "image-classification":
             shape = (one["height"], one["width"], 3)
             given = prepare(np.array(one["data"], np.uint8).reshape(shape), return_tensors="pt")
@@ -57,5 +60,4 @@ def main(tool: str, folder: str, file: str) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[2]).resolve()
-    main(sys.argv[1], str(folder), sys.argv[3])
+    main(sys.argv[1], sys.argv[2])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from slimfuse_export import ExportError
 from slimfuse_export.deployed import Deployed, Options, open_deployed
-from tiny_deployed import save_bert, save_gpt2
 from tiny_text import POSITIONS
 from transformers import (
     AutoConfig,
@@ -29,18 +28,6 @@ from slimfuse.tasks import TASKS
 TEXTS = ["the old cat", "a", "moss and fern and unheard words of the small saw", "axe " * 40, ""]
 
 
-@pytest.fixture
-def bert(tmp_path: Path) -> Callable[..., Path]:
-    """Save a BERT with a given class on top."""
-    return lambda auto, *words, **more: save_bert(tmp_path / "bert", auto, *words, **more)
-
-
-@pytest.fixture
-def gpt2(tmp_path: Path) -> Path:
-    """A GPT-2 without a padding token."""
-    return save_gpt2(tmp_path / "gpt2")
-
-
 def answers(model: Deployed, texts: list[str], options: Options | None = None) -> list[Any]:
     found = list(model.predict(texts, options))
     assert not any(isinstance(answer, ExportError) for answer in found)
@@ -48,8 +35,8 @@ def answers(model: Deployed, texts: list[str], options: Options | None = None) -
 
 
 @torch.no_grad()
-def test_labels_and_scores(bert: Callable[..., Path]) -> None:
-    folder = bert(AutoModelForSequenceClassification, num_labels=5)
+def test_labels_and_scores(folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("text-classification")
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     kept = AutoTokenizer.from_pretrained(folder)
     found = answers(open_deployed(folder), TEXTS)
@@ -58,15 +45,15 @@ def test_labels_and_scores(bert: Callable[..., Path]) -> None:
         wanted = model(**inputs).logits.softmax(1)[0]
         assert answer["label"] == model.config.id2label[int(wanted.argmax())]
         scores = {row["label"]: row["score"] for row in answer["scores"]}
-        # float32, two blocks, six figures kept
+        # float32, six figures kept
         np.testing.assert_allclose(
             [scores[model.config.id2label[i]] for i in range(5)], wanted, atol=2e-5
         )
 
 
-def test_tokens(bert: Callable[..., Path]) -> None:
-    folder = bert(AutoModelForSequenceClassification, num_labels=5)
-    kept, model = AutoTokenizer.from_pretrained(folder), open_deployed(folder)
+def test_tokens(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folder_of("text-classification"), tmp_path / "bert")
+    kept = AutoTokenizer.from_pretrained(folder)
     for side in ("right", "left"):
         kept.truncation_side = side
         TASKS["text-classification"].save(kept, folder)
@@ -79,8 +66,8 @@ def test_tokens(bert: Callable[..., Path]) -> None:
 
 
 @torch.no_grad()
-def test_sentences(bert: Callable[..., Path]) -> None:
-    folder = bert(AutoModel, "last_hidden_state")
+def test_sentences(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folder_of("sentence-embedding"), tmp_path / "bert")
     kept = AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder)
     task: Any = TASKS["sentence-embedding"]
@@ -92,13 +79,13 @@ def test_sentences(bert: Callable[..., Path]) -> None:
     inputs = kept(TEXTS, truncation=True, max_length=9, padding=True, return_tensors="pt")
     pooled = task.embed(model(**inputs).last_hidden_state, Batch(dict(inputs)))
     wanted = torch.nn.functional.normalize(pooled, dim=1)
-    # float32, two blocks, seven digits kept
+    # float32, seven digits kept
     np.testing.assert_allclose([answer["embedding"] for answer in found], wanted, atol=1e-5)
 
 
 @torch.no_grad()
-def test_masks(bert: Callable[..., Path]) -> None:
-    folder = bert(AutoModelForMaskedLM)
+def test_masks(folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("masked-lm")
     kept = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForMaskedLM.from_pretrained(folder)
     texts = ["the [MASK] cat", "[MASK] [MASK] and the small moss"]
@@ -113,7 +100,8 @@ def test_masks(bert: Callable[..., Path]) -> None:
             np.testing.assert_allclose([row["score"] for row in mask], scores.values, atol=2e-5)
 
 
-def test_greedy_continuations(gpt2: Path) -> None:
+def test_greedy_continuations(folder_of: Callable[[str], Path]) -> None:
+    gpt2 = folder_of("causal-lm")
     kept = AutoTokenizer.from_pretrained(gpt2)
     model = AutoModelForCausalLM.from_pretrained(gpt2)
     texts = ["the old cat", "a", "moss and fern"]

@@ -15,7 +15,7 @@ from tiny_decoders import DECODERS, NARROW, TOKENS, VOCABULARY, config_of
 from slimfuse.batch import Batch, arrays
 from slimfuse.onnx import export_onnx
 
-QUICK = ("gpt2", "gemma3")
+QUICK = ("gemma3",)  # GPT-2's graph: tests/deployed, at texts of all lengths
 FAMILIES: dict[str, Any] = {"gpt2": test_gpt2.FAMILY, **DECODERS}
 marked = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 

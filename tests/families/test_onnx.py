@@ -12,7 +12,7 @@ from families.cases import EVERY, Case, shaken
 from slimfuse.batch import call
 from slimfuse.onnx import export_onnx
 
-QUICK = ("vit", "distilbert", "distilbert-body")
+QUICK = ("vit", "distilbert")  # an encoder's body: tests/deployed
 marked = [
     pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow, id=case.name)
     for case in EVERY
