@@ -86,7 +86,7 @@ class Protect(Strict):
         256, description="How many samples are drawn, with the seed of data.calibration."
     )
     energy: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.99,
+        0.9999,
         description="Share of what the layers read of them that is protected, 0 to 1; at 1 their "
         "answers don't move at all, below it is a dial between the old and the new.",
     )
