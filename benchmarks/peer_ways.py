@@ -142,34 +142,6 @@ def model_compression_toolkit(given: Given) -> Any:
     return pruned
 
 
-def fasterai(given: Given) -> Any:
-    from fasterai.core.criteria import large_final
-    from fasterai.prune.pruner import Pruner
-
-    Pruner(
-        given.model,
-        HALF,
-        "local",
-        large_final,
-        ignored_layers=[given.model.classifier],
-        example_inputs=given.example()[given.main],
-    ).prune_model()
-    return given.model
-
-
-def pruna(given: Given) -> Any:
-    from pruna import SmashConfig, smash
-    from pruna.data.pruna_datamodule import PrunaDataModule
-    from torch.utils.data import TensorDataset
-
-    data = TensorDataset(given.calibration[given.main], given.calibration["labels"])
-    config = SmashConfig({"torch_structured": {"sparsity": HALF}}, device="cpu")
-    config.add_data(
-        PrunaDataModule(data, data, data, lambda b: tuple(map(torch.stack, zip(*b, strict=True))))
-    )
-    return smash(given.model, config)
-
-
 def llmcompressor(given: Given) -> Any:
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -191,12 +163,28 @@ def torch_kirigami(given: Given) -> Any:
 
 
 def torch_kirigami_layers(given: Given) -> Any:
-    """Layer by layer, since the whole model can't be captured."""
+    """Layer by layer."""
     stream = torch.randn(2, 9, given.model.config.hidden_size)
-    for name, layer in given.model.named_modules():
-        if name.rsplit(".", 1)[-1].isdigit():
-            _kirigami(layer, {"hidden_states": stream})
+    for layer in _layers(given.model):
+        _kirigami(layer, {"hidden_states": stream})
     return given.model
+
+
+def torch_kirigami_mlps(given: Given) -> Any:
+    """MLP by MLP, without the residuals around them."""
+    config = given.model.config
+    stream = torch.randn(2, 9, config.hidden_size)
+    for layer in _layers(given.model):
+        if hasattr(layer, "mlp"):
+            _kirigami(layer.mlp, {"hidden_states": stream})
+        else:
+            _kirigami(nn.Sequential(layer.intermediate, layer.output.dense), {"input": stream})
+    config.intermediate_size //= 2
+    return given.model
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    return [m for n, m in model.named_modules() if n.rsplit(".", 1)[-1].isdigit()]
 
 
 def _kirigami(model: nn.Module, example: Tensors) -> Any:
@@ -297,11 +285,10 @@ WAYS: dict[str, tuple[str, Callable[[Given], Any]]] = {
     "nncf": ("nncf", nncf),
     "neural-compressor": ("neural-compressor", neural_compressor),
     "model-compression-toolkit": ("model-compression-toolkit", model_compression_toolkit),
-    "fasterai": ("fasterai", fasterai),
-    "pruna": ("pruna", pruna),
     "llmcompressor": ("llmcompressor", llmcompressor),
     "torch-kirigami": ("torch-kirigami", torch_kirigami),
     "torch-kirigami, layers": ("torch-kirigami", torch_kirigami_layers),
+    "torch-kirigami, MLPs": ("torch-kirigami", torch_kirigami_mlps),
     "optipfair": ("optipfair", optipfair_width),
     "optipfair, depth": ("optipfair", optipfair_depth),
     "lobotomizer": ("lobotomizer", lobotomizer),

@@ -30,6 +30,7 @@ from slimfuse.recipe import load_recipe
 
 HERE, OUT = Path(__file__).parent, Path("runs/bench-peers")
 TESTS, CALIBRATION = 2000, 256
+NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ HUB = ("transformers", "tokenizers", "huggingface_hub", "peft", "datasets", "fss
 ENVIRONMENTS: Mapping[str, Environment] = {
     "now": Environment(
         ("nncf==3.4.0", "mergekit==0.1.5", "torch-kirigami==0.2.1", "optipfair==0.4.2",
-         "lobotomizer==0.2.0", "sentence-transformers==6.2.0", "omegaconf==2.3.1", "pulp==3.3.2",
+         "lobotomizer==0.2.0", "sentence-transformers==6.2.0", "omegaconf==2.4.0", "pulp==3.3.2",
+         "torchprofile==0.0.4",
          "wheel==0.48.0"),
         ("neural-compressor==3.10", "easysmallembeddingmodel==0.1.0", "textpruner==1.1.post2",
          "nn-pruning==0.1.2", "nvidia-modelopt==0.47.0"),
@@ -60,18 +62,17 @@ ENVIRONMENTS: Mapping[str, Environment] = {
         free=("networkx", "matplotlib", "pydantic", "pydantic_core"),
     ),
     "llm": Environment(("llmcompressor==0.14.0.1",), free=HUB),
-    "fastai": Environment(("fasterai==0.4.1",)),
 }  # fmt: skip
 
 
 PLAN: Mapping[str, tuple[str, ...]] = {
-    "now": ("nncf", "neural-compressor", "torch-kirigami", "torch-kirigami, layers", "optipfair",
+    "now": ("nncf", "neural-compressor", "torch-kirigami", "torch-kirigami, layers",
+            "torch-kirigami, MLPs", "optipfair",
             "optipfair, depth", "lobotomizer", "easysmallembeddingmodel", "nvidia-modelopt",
             "textpruner", "nn-pruning", "mergekit", "mergekit, two widths"),
     "old": ("textpruner", "textpruner, MLPs", "nn-pruning"),
     "mct": ("model-compression-toolkit",),
     "llm": ("llmcompressor",),
-    "fastai": ("fasterai",),
 }  # fmt: skip
 Rows = dict[str, dict[str, Any]]
 Figures = dict[str, float]
@@ -206,6 +207,11 @@ def told(way: str, said: dict[str, Any]) -> str:
         return f"{first}| | | | | {said['failed']}: `{said['error'].replace('|', '/')}` |"
     share = said["parameters"] / said["parent"]["parameters"]
     loads = said.get("loads", f"not saved: `{said.get('error', '')}`")
+    if loads == "no":
+        why = said["loading"]
+        loads += (
+            f": {why}" if isinstance(why, str) else "".join(f", {n} {v}" for n, v in why.items())
+        )
     loads += f", {100 * said['loaded accuracy']:.1f} %" if loads == "yes" else ""
     return (
         f"{first}| {said['stream']} | {100 * share:.0f} | {100 * said['zeros']:.0f} | "
@@ -213,25 +219,22 @@ def told(way: str, said: dict[str, Any]) -> str:
     )
 
 
-def average(parents: list[Path]) -> Any:
-    """Return the plain average of two models' weights."""
+def references(parents: list[Path], data: Path) -> Figures:
+    """Return the accuracy of the parents and of the plain average of their weights."""
     architecture = json.loads((parents[0] / "config.json").read_text())["architectures"][0]
-    kind = getattr(transformers, architecture)
-    first, other = (kind.from_pretrained(p).eval() for p in parents)
-    mean = {n: (v + other.state_dict()[n]) / 2 for n, v in first.state_dict().items()}
-    first.load_state_dict(mean)
-    return first
+    load, test = getattr(transformers, architecture).from_pretrained, load_file(data)
+    first, other = (load(p).eval() for p in parents)
+    found = {"parent a": accuracy(first, test), "parent b": accuracy(other, test)}
+    theirs = other.state_dict()
+    first.load_state_dict({n: (v + theirs[n]) / 2 for n, v in first.state_dict().items()})
+    return found | {"plain average": accuracy(first, test)}
 
 
-def references(kind: str, parents: list[Path], data: Path) -> Figures:
-    """Return the parents' accuracy and that of their plain average, and the merge's distance."""
-    test = load_file(data / "test.safetensors")
-    architecture = json.loads((parents[0] / "config.json").read_text())["architectures"][0]
-    load = getattr(transformers, architecture).from_pretrained
-    found = {
-        f"parent {n}": accuracy(load(p).eval(), test) for n, p in zip("ab", parents, strict=True)
-    }
-    return found | {"plain average": accuracy(average(parents), test)}
+def merged(parents: list[Path], file: Path) -> dict[str, float]:
+    """Return how many tensors a linear merge has, of how many, and how far from the average."""
+    first, other, merge = (load_file(f) for f in (*(p / NAME for p in parents), file))
+    away = max(float((v - (first[n] + other[n]) / 2).abs().max()) for n, v in merge.items())
+    return {"tensors": len(merge), "of the parent": len(first), "farthest from average": away}
 
 
 def main() -> None:
@@ -257,11 +260,14 @@ def main() -> None:
     for kind, case in CASES.items():
         parents = [next(iter(arguments.runs.glob(p))).resolve() for p in case.parents]
         rows = {e: ran(kind, e, parents, arguments) for e in PLAN}
-        known = references(kind, parents, arguments.out / f"data-{kind}")
-        data[kind] = {"ways": rows, "references": known}
+        known = references(parents, arguments.out / f"data-{kind}" / "test.safetensors")
+        merge = merged(parents, arguments.out / kind / "now" / "mergekit" / "model" / NAME)
+        data[kind] = {"ways": rows, "references": known, "merge": merge}
         lines += [
             f"## {case.title}", "",
-            ", ".join(f"{name} {100 * value:.1f}" for name, value in known.items()) + ".", "",
+            ", ".join(f"{name} {100 * value:.1f}" for name, value in known.items())
+            + f". Mergekit's linear merge has {merge['tensors']} of {merge['of the parent']} "
+            f"tensors, at most {merge['farthest from average']:.1g} from the plain average.", "",
             "| way | version | beside | stream | left | zeros | accuracy | loads |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
             *(told(way, said) for found in rows.values() for way, said in found.items()), "",
