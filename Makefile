@@ -12,7 +12,8 @@ SOURCES := slimfuse export tests benchmarks docs
 	bench-unstructured bench-structured bench-saliency-fusion bench-sparse-onnx bench-shipped \
 	bench-distillation bench-sweep bench-processes bench-protect bench-trends bench-deployment \
 	bench-serving bench-spectral-budget bench-mixed-precision \
-	bench-diagnose bench-quality bench-exponents bench-efficiency bench-latency docs fuzz clean
+	bench-diagnose bench-peers bench-quality bench-exponents bench-efficiency bench-latency docs \
+	fuzz clean
 
 demo: install
 	$(BIN)/slimfuse compress recipes/vit/digits.yaml
@@ -101,6 +102,10 @@ bench-diagnose: install
 
 bench-quality: install
 	$(BIN)/python benchmarks/quality.py
+
+# each package in an environment of its own, under runs/
+bench-peers: install
+	$(BIN)/python benchmarks/peers_survey.py
 
 bench-exponents: install
 	$(BIN)/python benchmarks/exponents.py

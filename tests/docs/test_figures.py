@@ -1,4 +1,4 @@
-"""Every figure of the README and of docs/results.md is one of its record's."""
+"""Every figure of the README, of docs/results.md and of docs/peers.md is one of its record's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from figures import Figure, figures, is_measured, recorded
 from pages import HOME, README, links, passages
 
 RESULTS = HOME / "benchmarks" / "results"
-TOLD = (README, HOME / "docs" / "results.md")
+TOLD = (README, HOME / "docs" / "results.md", HOME / "docs" / "peers.md")
 
 
 def unfounded(page: Path, text: str | None = None) -> list[str]:
