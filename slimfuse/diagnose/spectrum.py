@@ -165,14 +165,6 @@ class Proposal:
     trusted: bool
 
 
-def by_value(found: Sequence[Spectrum], values: Sequence[int]) -> list[float]:
-    """Return the least rise of the loss if every one of some spaces keeps 0, 1, … units.
-
-    values: the ranks that 0, 1, … stand for, ascending. Rises of spaces add up.
-    """
-    return [sum(s.tail(rank) for s in found) for rank in values]
-
-
 TRUST = 0.1
 """Nats: beyond them the loss is no quadratic of the change any more."""
 

@@ -51,9 +51,9 @@ def make_outline(recipe: AnyRecipe, path: Path) -> Plan:
             hint=f"budget params or flops, or {WHOLE}",
         )
     family = family_of(recipe.family, recipe.task)
-    if budget is not None and budget.allocation != "proportional":
+    if budget is not None and budget.allocation == "saliency":
         raise ShapeError(
-            f"{budget.allocation} is of a parent's weights, which an outline doesn't read",
+            "saliency is of a parent's weights, which an outline doesn't read",
             where="target.budget.allocation",
             got=budget.allocation,
             allowed="proportional",

@@ -51,12 +51,11 @@ class Budget(Strict):
     free: Distinct[Axis] = Field(
         ("hidden_size", "intermediate_size"), description="The sizes that may shrink to keep it."
     )
-    allocation: Literal["proportional", "saliency", "spectrum"] = Field(
+    allocation: Literal["proportional", "saliency"] = Field(
         "proportional",
         description="How the free sizes share the cut: all by one share of the largest parent's, "
-        "or each where least is lost by it, without labels, by that parent's mask Fisher "
-        "(saliency) or loss-weighted spectra (spectrum, not of num_hidden_layers) on "
-        "data.calibration; it must be saved (from).",
+        "or each where least is lost by it, by that parent's mask Fisher on data.calibration, "
+        "without labels; it must be saved (from).",
     )
 
     @classmethod
@@ -71,12 +70,8 @@ class Budget(Strict):
         if not given:
             findings.append(Finding((), f"missing key: needs one of {', '.join(kinds)}"))
         free = raw.get("free", ("hidden_size", "intermediate_size"))
-        scored = raw.get("allocation") in ("saliency", "spectrum")
-        if not scored or not isinstance(free, list | tuple):
+        if raw.get("allocation") != "saliency" or not isinstance(free, list | tuple):
             return findings
-        if raw.get("allocation") == "spectrum" and "num_hidden_layers" in free:
-            what = "stands beside allocation: spectrum, which doesn't say what a block is worth"
-            findings.append(Finding(("free",), what, allowed="widths; or allocation: saliency"))
         if len(free) < 2 or set(map(str, free)) == {"hidden_size", "num_attention_heads"}:
             allowed = "with two free sizes or more; heads fall with a free hidden_size"
             findings.append(Finding(("allocation",), "has nothing to share out", allowed=allowed))
