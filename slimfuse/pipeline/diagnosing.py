@@ -36,7 +36,7 @@ from slimfuse.recipe import Calibration
 from slimfuse.recipe.diagnosing import Diagnose
 from slimfuse.report import Finding, words
 
-SMALL = 8  # samples a pass
+SMALL, TOKENS = 8, 1024  # samples a pass, fewer of many tokens: a pass's graph is kept whole
 SHARES = {"structure": 0.2, "signals": 0.1, "slopes": 0.4, "rounding": 0.3}  # of all the time
 TOLERATED = 0.01  # nats: what INT8 may cost the answers
 FRAGILE = 1.5  # times the parent's slope
@@ -59,8 +59,9 @@ class Diagnosing:
         self.kind: Kind = kind_of(job.task)
         self.read: Read = reading(job.task, labels=False)
         draw = Calibration(samples=spec.samples, seed=spec.seed)
+        tokens = max(job.opened.tokens(parent.config) for parent in job.parents)
         self.samples, self.chunks = calibration(
-            job.task, job.data.test, job.processor, draw, SMALL,
+            job.task, job.data.test, job.processor, draw, min(SMALL, max(1, TOKENS // tokens)),
             lambda: job.task.samples(job.data.test, job.processor),
         )  # fmt: skip
         self.count = sum(map(len, self.chunks))
