@@ -15,7 +15,11 @@ from typer.testing import CliRunner
 from slimfuse.cli import app
 from slimfuse.errors import UserError
 from slimfuse.pipeline import Run, compress, diagnose
+from slimfuse.pipeline.diagnosing import Diagnosing, subject
+from slimfuse.pipeline.job import prepare
 from slimfuse.pipeline.why import read_tables, refit_table, write_tables
+from slimfuse.recipe import load_recipe
+from slimfuse.recipe.diagnosing import Diagnose
 from slimfuse.report import from_json
 
 TITLES = ("How narrow", "How the signal", "Whether it got brittle", "What to keep in float")
@@ -118,3 +122,15 @@ def test_a_refit_that_did_not_help_asks_for_samples() -> None:
     assert "is enough" in good.decision and "1 of 2 parts" in bad.decision
     assert bad.rows[1][-1] == "as it was"
     assert refit_table({"parts": [{"left_out": None}]}, 9) == ()
+
+
+def test_of_many_tokens_fewer_samples_are_in_a_pass(
+    finished: Run, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = prepare(load_recipe(tiny_recipe), tiny_recipe)
+    tokens = job.opened.tokens(job.parents[0].config)
+    for each in (1, 3):
+        monkeypatch.setattr("slimfuse.pipeline.diagnosing.TOKENS", each * tokens)
+        seen = Diagnosing(job, Diagnose(samples=7), [subject(job, "child", finished.model)])
+        assert {len(chunk) for chunk in seen.chunks[:2]} == {each}
+        assert seen.count == 7  # nothing is left out
