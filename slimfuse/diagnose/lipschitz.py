@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimfuse.diagnose.answers import Kind, Labelled, Read, flat
-from slimfuse.diagnose.probing import Patience, probe
+from slimfuse.diagnose.probing import Patience, only, probe
 from slimfuse.diagnose.spectrum import reading
 
 ITERATIONS = 8
@@ -103,7 +103,7 @@ def amplifications(
     sites, count = {path: path for path in blocks}, 0
     energy, slope, numbers = (torch.zeros(len(blocks), dtype=torch.float64) for _ in range(3))
     for given in (patience or Patience()).over(batches):
-        with reading(model, sites) as seen, torch.enable_grad():
+        with reading(model, sites) as seen, only(model), torch.enable_grad():
             value = probe(model, given, kind, generator, read)
             found = torch.autograd.grad(value, list(seen.values()))
         count += len(given[0])

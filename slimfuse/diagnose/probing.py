@@ -8,7 +8,8 @@ place of drawn labels (Hutchinson).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -40,6 +41,23 @@ class Patience:
     def gone(self) -> bool:
         """Whether the time is over."""
         return self.seconds is not None and time.monotonic() - self.begun >= self.seconds
+
+
+@contextmanager
+def only(model: nn.Module, wanted: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Let no parameter but the wanted ones ask for gradients.
+
+    A pass' graph then keeps no layer's inputs for the gradients of weights that nobody asks for.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    asked = {id(parameter) for parameter in wanted}
+    for parameter in flags:
+        parameter.requires_grad_(id(parameter) in asked)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
 
 
 def probe(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slimfuse.batch import token_mask
 from slimfuse.diagnose.answers import Kind, Labelled, Read, flat
-from slimfuse.diagnose.probing import Patience, probe
+from slimfuse.diagnose.probing import Patience, only, probe
 from slimfuse.families import Layout
 
 
@@ -92,7 +92,7 @@ def signals(
     squares = [torch.zeros(w.shape[_out(model, layout)], dtype=torch.float64) for w in asked]
     count = 0
     for given in (patience or Patience()).over(batches):
-        with _watched(model, layout) as seen, torch.enable_grad():
+        with _watched(model, layout) as seen, only(model, asked), torch.enable_grad():
             value = probe(model, given, kind, generator, read)
             slopes = torch.autograd.grad(value, asked, allow_unused=True)
         mask, n = token_mask(given[0]), len(given[0])

@@ -36,7 +36,7 @@ from slimfuse.recipe import Calibration
 from slimfuse.recipe.diagnosing import Diagnose
 from slimfuse.report import Finding, words
 
-SMALL, TOKENS = 8, 1024  # samples a pass, fewer of many tokens: a pass's graph is kept whole
+SMALL, TOKENS = 8, 512  # samples a pass, fewer of many tokens: a pass's graph is kept whole
 SHARES = {"structure": 0.2, "signals": 0.1, "slopes": 0.4, "rounding": 0.3}  # of all the time
 TOLERATED = 0.01  # nats: what INT8 may cost the answers
 FRAGILE = 1.5  # times the parent's slope
