@@ -32,12 +32,12 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from weights import minilm
 
 from slimfuse.data import load_fashion_mnist, load_wordnet
 from slimfuse.tasks.image_classification import make_processor
 
 OUT = Path("runs/bench-diagnose")
-TOKENIZER = Path("zoo/minilm")  # of BERT's vocabulary
 MINUTES, GIBIBYTES = 10, 8
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     kept = Kept(OUT / "found.json", {"cases": list(CASES)}, fresh=arguments.fresh)
     for name in arguments.models:
-        kept.row(name, lambda n=name: one(CASES[n], Path(arguments.runs) / TOKENIZER))
+        kept.row(name, lambda n=name: one(CASES[n]))
     rows = kept.rows
     if rows.keys() < CASES.keys():
         return
@@ -123,7 +123,7 @@ TABLES = {"How narrow": "spectra", "How the signal": "signal", "What to keep": "
 """Tables that say how many samples they saw, by how their titles begin."""
 
 
-def one(case: Case, tokenizer: Path) -> Figures:
+def one(case: Case) -> Figures:
     """Return what one model's diagnosis cost."""
     with TemporaryDirectory(prefix="bench-diagnose-") as place:
         torch.manual_seed(0)
@@ -135,7 +135,7 @@ def one(case: Case, tokenizer: Path) -> Figures:
             data = load_fashion_mnist()
             make_processor(224, data.mean, data.std).save_pretrained(place)
         else:
-            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(place)
+            AutoTokenizer.from_pretrained(minilm()).save_pretrained(place)
         words = [sys.executable, "-m", "slimfuse", "diagnose", place, "--data", case.data, "--json"]
         begun = time.perf_counter()
         with (Path(place) / "tables.json").open("w") as file:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from common import machine, settle, write
 from kept import Figures, Kept, average, kept_parser, spread
+from parents import parent_folder
 from plots import Line, Panel, draw
 from quality import CASES, QUICK, RATES, SETTINGS
-from saliency_fusion import parent_folder
 from variants import measure, seeded
 
 from slimfuse.pipeline.common import Part

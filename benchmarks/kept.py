@@ -66,14 +66,6 @@ def kept_parser(seeds: Sequence[int], description: str | None = None) -> argpars
     return parser
 
 
-def only(runs: Path, pattern: str, maker: str) -> Path:
-    """Return the one finished folder of a pattern; maker: the benchmark that makes it."""
-    found = [f for f in runs.glob(pattern) if f.suffix != ".partial"]
-    if len(found) != 1:
-        raise SystemExit(f"{pattern} isn't in {runs}: benchmarks/{maker} makes it")
-    return found[0].resolve()
-
-
 def spread(values: Mapping[int, float], digits: int = 1) -> str:
     """Return mean ± half the 95 % interval over seeds (Student's t), "" of nothing."""
     if not values:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from common import machine, write
+from parents import BERT_TINY, parent_folder
 from peer_ways import WAYS, accuracy, named
 from safetensors.torch import load_file, save_file
 
@@ -84,13 +85,13 @@ class Case:
 
     title: str
     recipe: Path
-    parents: tuple[str, str]
+    parents: tuple[str, ...]
 
 
 CASES = {
     "bert": Case(
         "BERT-tiny 2 × 128, WordNet", Path("recipes/bert/wordnet-minilm.yaml"),
-        ("bench-wordnet/tiny/stages/parent-a-*", "bench-wordnet/tiny/stages/parent-b-*"),
+        BERT_TINY,
     ),
     "vit": Case(
         "ViT 6 × 128, Fashion-MNIST", Path("recipes/vit/fashion-mnist.yaml"),
@@ -258,7 +259,7 @@ def main() -> None:
         "misshapen tensor, and its accuracy then. Made by `make bench-peers`.", "",
     ]  # fmt: skip
     for kind, case in CASES.items():
-        parents = [next(iter(arguments.runs.glob(p))).resolve() for p in case.parents]
+        parents = [parent_folder(arguments.runs, p) for p in case.parents]
         rows = {e: ran(kind, e, parents, arguments) for e in PLAN}
         known = references(parents, arguments.out / f"data-{kind}" / "test.safetensors")
         merge = merged(parents, arguments.out / kind / "now" / "mergekit" / "model" / NAME)

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from common import machine, settle, write
 from kept import Figures, Kept, ahead, average, clear, kept_parser, spread
+from parents import BERT_TINY, parent_folder
 from peers import torch_pruned
-from saliency_fusion import parent_folder
 from variants import accuracy, measure, seeded
 
 from slimfuse.pipeline.common import Part
@@ -48,7 +48,7 @@ class Case:
 
     title: str
     recipe: Path
-    parents: tuple[str, str]
+    parents: tuple[str, ...]
     seeds: str
 
 
@@ -60,7 +60,7 @@ CASES = {
     ),
     "bert": Case(
         "BERT-tiny 2 × 128 to 2 × 64, WordNet", Path("recipes/bert/wordnet-minilm.yaml"),
-        ("bench-wordnet/tiny/stages/parent-a-*", "bench-wordnet/tiny/stages/parent-b-*"),
+        BERT_TINY,
         "draws of calibration glosses and orders of finetuning for one pair of parents",
     ),
 }  # fmt: skip

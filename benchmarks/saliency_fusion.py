@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from common import machine, write
-from kept import Figures, Kept, ahead, clear, kept_parser, only, spread
+from kept import Figures, Kept, ahead, clear, kept_parser, spread
+from parents import BERT_TINY, MINILM, parent_folder
 from variants import measure, seeded
 
 from slimfuse.pipeline.common import Part
@@ -73,7 +74,7 @@ class Case:
 
     title: str
     recipe: Path
-    parents: tuple[str, str]
+    parents: tuple[str, ...]
     anchor: str
     seeds: str
     rows: Sequence[str] = tuple(REFIT)
@@ -95,12 +96,11 @@ CASES = {
     ),
     "bert-tiny": Case(
         "BERT-tiny 2 × 128 twice, WordNet", RECIPES["bert"],
-        ("bench-wordnet/tiny/stages/parent-a-*", "bench-wordnet/tiny/stages/parent-b-*"), "",
-        GLOSSES,
+        BERT_TINY, "", GLOSSES,
     ),
     "minilm": Case(
         "MiniLM 6 × 384 twice, WordNet", RECIPES["bert"],
-        ("bench-wordnet/stages/parent-a-*", "bench-wordnet/stages/parent-b-*"), "", GLOSSES,
+        MINILM, "", GLOSSES,
     ),
 }  # fmt: skip
 ASKED = ("vit", "bert-tiny")  # minilm takes hours
@@ -141,11 +141,6 @@ class Bench:
             {"": (0,)}, self.out, shared_samples=self.samples,
         )  # fmt: skip
         return {p: found[f"parent {p}"] for p in "ab"}
-
-
-def parent_folder(runs: Path, pattern: str) -> Path:
-    """Return where a trained parent lies."""
-    return only(runs, pattern, "zoo.py" if pattern.startswith("zoo") else "stream_maps.py")
 
 
 def variants(kind: str, size: str) -> Mapping[str, tuple[str, ...]]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from common import machine, write
 from kept import Figures, Kept, ahead, average, clear, kept_parser, spread
+from parents import BERT_TINY, parent_folder
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -83,7 +84,7 @@ CASES = {
     # the stock class has no size of a head of its own: fewer heads would be wider ones
     "bert": Case(
         "BERT-tiny 2 × 128, MLP 512, WordNet", Path("recipes/bert/wordnet-minilm.yaml"),
-        "bench-wordnet/tiny/stages/parent-a-*", UNITS,
+        BERT_TINY[0], UNITS,
         "draws of calibration glosses for one fine-tuned model",
     ),
 }  # fmt: skip
@@ -95,13 +96,10 @@ class Bench:
     def __init__(self, kind: str, seed: int, arguments: argparse.Namespace) -> None:
         self.case, quick = CASES[kind], arguments.quick
         pattern = self.case.model.replace("{seed}", str(seed))
-        folders = [f for f in Path(arguments.runs).glob(pattern) if f.suffix != ".partial"]
-        if len(folders) != 1:
-            maker = {"vit": "zoo.py fashion:N", "bert": "stream_maps.py"}[kind]
-            raise SystemExit(f"{pattern} isn't in {arguments.runs}: benchmarks/{maker} makes it")
+        folder = parent_folder(Path(arguments.runs), pattern)
         recipe = load_recipe(
             self.case.recipe,
-            (f"parents=[{{name: a, from: {folders[0].resolve()}}}]", "baselines=[]", "gates=[]",
+            (f"parents=[{{name: a, from: {folder}}}]", "baselines=[]", "gates=[]",
              "finetune.distill.teachers=[a]", f"data.calibration.seed={seed}",
              f"data.calibration.samples={64 if quick else CALIBRATION // self.case.share}",
              f"data.limit.test={100 if quick else TEST // self.case.share}",
@@ -110,7 +108,7 @@ class Bench:
         job = prepare(recipe, self.case.recipe)
         self.stages, self.family, self.task = Stages(job, Store(OUT)), job.family, job.task
         self.samples, self.chunks = self.stages.calibration()
-        self.model = self.family.load(folders[0])
+        self.model = self.family.load(folder)
         self.seed = seed
         rows = count_rows(self.model, self.family.layout(self.model.config), self.batches())
         self.subject = subject(self.model, self.family, self.batches, rows, seed)
