@@ -110,8 +110,10 @@ def main() -> None:
         + " | ".join(f"{r[table]:.0f}" for table in TABLES.values()) + " |"
         for name, r in ((name, rows[name]) for name in CASES)
     ]  # fmt: skip
-    lines += ["", "Machine: " + "; ".join(f"{k} {v}" for k, v in machine().items())]
-    write("diagnose", {"rows": rows, "machine": machine()}, "\n".join(lines) + "\n")
+    lines += ["", f"Machine: {kept.machine()}"]
+    write(
+        "diagnose", {"rows": rows, "cpus": kept.cpus, "machine": machine()}, "\n".join(lines) + "\n"
+    )
     base = rows["BERT base"]
     settle(
         {f"{name}: under {GIBIBYTES} GiB": r["gib"] < GIBIBYTES for name, r in rows.items()}

@@ -105,9 +105,9 @@ def main() -> None:
             f"| {e:g} | " + " | ".join(spread(curves[n][i]) for n in STARTS) + " |"
             for i, e in enumerate(EPOCHS)
         ),
-        "", f"Rates: {RATE}. Machine: " + "; ".join(f"{k} {v}" for k, v in machine().items()), "",
+        "", f"Rates: {RATE}. Machine: {kept.machine()}", "",
     ]  # fmt: skip
-    data = {"rows": kept.rows, "machine": machine(), "seeds": SEEDS}
+    data = {"rows": kept.rows, "cpus": kept.cpus, "machine": machine(), "seeds": SEEDS}
     write("efficiency", data, "\n".join(lines))
     draw(
         "efficiency",

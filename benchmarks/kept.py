@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from common import machine
+
 from slimfuse.pipeline.comparison import interval, lead
 from slimfuse.store import write_text
 
@@ -18,13 +20,15 @@ Figures = dict[str, float]
 class Kept:
     """Figures by name in a JSON file, written after each row; what is in it isn't measured again.
 
-    conditions: what all of them depend on; a file of other conditions is refused.
+    conditions: what all of them depend on; a file of other conditions is refused. Rows may be of
+    several machines: the file says which of which.
     """
 
     def __init__(self, file: Path, conditions: Mapping[str, Any], *, fresh: bool = False) -> None:
         self.file, self.conditions = file, json.loads(json.dumps(conditions))
         if fresh:
             file.unlink(missing_ok=True)
+        self.cpus: dict[str, str] = {}
         self.rows: dict[str, Figures] = self._read()
 
     def _read(self) -> dict[str, Figures]:
@@ -34,6 +38,7 @@ class Kept:
         found = json.loads(self.file.read_text())
         if found["conditions"] != self.conditions:
             raise SystemExit(f"{self.file} was made under other conditions: begin with --fresh")
+        self.cpus |= found.get("cpus", {})
         rows: dict[str, Figures] = found["rows"]
         return rows
 
@@ -42,12 +47,19 @@ class Kept:
         if name not in self.rows:
             made = measure()
             self.rows = self._read() | self.rows | {name: made}
-            told = {"conditions": self.conditions, "rows": self.rows}
+            self.cpus[name] = machine()["cpu"]
+            told = {"conditions": self.conditions, "rows": self.rows, "cpus": self.cpus}
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.file, json.dumps(told, indent=1) + "\n")
             each = ", ".join(f"{key} {value:.4g}" for key, value in self.rows[name].items())
             print(f"{name}: {each}", flush=True)
         return self.rows[name]
+
+    def machine(self) -> str:
+        """Return what the figures depend on, with the processors that rows were measured on."""
+        here = machine()
+        cpus = {self.cpus.get(name, here["cpu"]): None for name in self.rows}
+        return "; ".join(f"{k} {v}" for k, v in (here | {"cpu": " and ".join(cpus)}).items())
 
     def over(self, seeds: Sequence[int], name: str, key: str) -> dict[int, float]:
         """Return a figure by seed, of the rows that are there; {seed} in the name is the seed."""

@@ -199,7 +199,11 @@ def main() -> None:
         kept.row(REPLAY.format(seed=seed), bench.replayed)
     if small or any(REPLAY.format(seed=s) not in kept.rows for s in SEEDS):
         return
-    write("protect", {"rows": kept.rows, "machine": machine(), "seeds": SEEDS}, page(kept))
+    write(
+        "protect",
+        {"rows": kept.rows, "cpus": kept.cpus, "machine": machine(), "seeds": SEEDS},
+        page(kept),
+    )
     picture(kept)
     settle(claims(kept))
 
@@ -249,7 +253,7 @@ def page(kept: Kept) -> str:
             "",
             *lines,
             "",
-            "Machine: " + "; ".join(f"{k} {v}" for k, v in machine().items()),
+            f"Machine: {kept.machine()}",
             "",
         ]
     )

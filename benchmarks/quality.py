@@ -44,12 +44,13 @@ WAYS = (OURS, OURS_ONE, SUBCLONE, SELECT, L1, TAYLOR, RANDOM, SPARSE)
 
 @dataclass(frozen=True)
 class Case:
-    """A task: its recipe and its parents by seed. better: the better one's name."""
+    """A task: its recipe, its parents by seed, and the rates that every way tries."""
 
     title: str
     recipe: Path
     parents: tuple[str, ...]
     seeds: str
+    rates: tuple[float, ...] = RATES
 
 
 CASES = {
@@ -62,6 +63,7 @@ CASES = {
         "BERT-tiny 2 × 128 to 2 × 64, WordNet", Path("recipes/bert/wordnet-minilm.yaml"),
         BERT_TINY,
         "draws of calibration glosses and orders of finetuning for one pair of parents",
+        (*RATES, 4e-3),
     ),
 }  # fmt: skip
 
@@ -195,7 +197,13 @@ def main() -> None:
     if not whole:
         print("\n".join(text))
         return
-    data = {"rows": kept.rows, "conditions": conditions, "machine": machine(), "seeds": SEEDS}
+    data = {
+        "rows": kept.rows,
+        "cpus": kept.cpus,
+        "conditions": conditions,
+        "machine": machine(),
+        "seeds": SEEDS,
+    }
     write("quality", data, "\n".join(text))
     settle(claims)
 
@@ -208,10 +216,11 @@ def complete(kept: Kept, kind: str) -> bool:
 def rates(kept: Kept, kind: str, way: str, seed: int) -> Sequence[float]:
     """Return the rates to try: all with the first seed, and then the one that was best there."""
     first = SEEDS[0]
-    rows = {rate: kept.rows.get(name_of(kind, way, rate).format(seed=first)) for rate in RATES}
+    grid = CASES[kind].rates
+    rows = {rate: kept.rows.get(name_of(kind, way, rate).format(seed=first)) for rate in grid}
     found = {rate: row[str(BUDGETS[-1])] for rate, row in rows.items() if row is not None}
-    if seed == first or len(found) < len(RATES):
-        return RATES
+    if seed == first or len(found) < len(grid):
+        return grid
     return (max(found, key=found.__getitem__),)
 
 
@@ -227,9 +236,9 @@ def markdown(kept: Kept, kinds: Sequence[str]) -> tuple[list[str], dict[str, boo
         "# Half the width at equal budgets", "",
         "Test accuracy in %, mean ± half the 95 % interval over seeds (Student's t); behind, the "
         f"lead of `{OURS_ONE}`, paired by seed. Every way is taught by both parents on 8,000 "
-        "training samples (hard labels weighted as in the recipe), 64 a step, with the rate of "
-        f"{', '.join(f'{r:g}' for r in RATES)} that is best for it after {BUDGETS[-1]} steps on "
-        "the first seed's test set, which is named. 5,000 test samples, 512 calibration samples. "
+        "training samples (hard labels weighted as in the recipe), 64 a step, with the rate of the "
+        f"task's grid that is best for it after {BUDGETS[-1]} steps on the first seed's test set, "
+        "which is named. 5,000 test samples, 512 calibration samples. "
         "The mean of the parents' weights has their width: no way to a narrower model. The "
         "sparse way keeps the parent's width and has as many non-zero weights as the child's "
         "layers: its file isn't faster. Torch-pruning cuts "
@@ -244,20 +253,35 @@ def markdown(kept: Kept, kinds: Sequence[str]) -> tuple[list[str], dict[str, boo
         parents = [spread(kept.over(SEEDS, f"{kind} {{seed}}: parents", p)) for p in "ab"]
         lines += [
             f"## {case.title}", "",
-            f"{len(SEEDS)} seeds: {case.seeds}. Parents {' and '.join(parents)}.", "",
+            f"{len(SEEDS)} seeds: {case.seeds}. Rates {', '.join(f'{r:g}' for r in case.rates)}. "
+            f"Parents {' and '.join(parents)}.", "",
             "| way | one-shot | " + " | ".join(f"{n} steps" for n in BUDGETS) + " |",
             "| --- | --- |" + " --- |" * len(BUDGETS),
         ]  # fmt: skip
         for way in WAYS:
             cells = [cell(kept, kind, way, str(steps)) for steps in (0, *BUDGETS)]
             lines.append(f"| {way} | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += ["", edges(kept, kind), ""]
         for steps in map(str, (0, *BUDGETS)):
             ours = max(average_of(kept, kind, w, steps) for w in (OURS, OURS_ONE))
             others = max(average_of(kept, kind, w, steps) for w in narrow_peers())
             claims[f"{kind}: a refit is first of the narrow models, {steps} steps"] = ours > others
-    lines += ["Machine: " + "; ".join(f"{k} {v}" for k, v in machine().items()), ""]
+    lines += [f"Machine: {kept.machine()}", ""]
     return lines, claims
+
+
+def edges(kept: Kept, kind: str) -> str:
+    """Say whose best rate is the grid's first or last."""
+    grid = CASES[kind].rates
+    ends = {grid[0]: "smallest", grid[-1]: "largest"}
+    told = [
+        f"{way} ({ends[rate]})"
+        for way in WAYS
+        if (rate := best(kept, kind, way, str(BUDGETS[-1]))[0]) in ends
+    ]
+    if not told:
+        return ""
+    return f"At the grid's edge, so that a rate beyond may be better yet: {', '.join(told)}."
 
 
 def narrow_peers() -> Sequence[str]:

@@ -185,7 +185,13 @@ def main() -> None:
     if arguments.quick or not done:
         print("\n".join(text))
         return
-    data = {"rows": kept.rows, "conditions": conditions, "machine": machine(), "seeds": SEEDS}
+    data = {
+        "rows": kept.rows,
+        "cpus": kept.cpus,
+        "conditions": conditions,
+        "machine": machine(),
+        "seeds": SEEDS,
+    }
     write("saliency-fusion", data, "\n".join(text))
 
 
@@ -218,7 +224,7 @@ def markdown(kept: Kept) -> list[str]:
     for kind, case in CASES.items():
         if any(name.startswith(f"{kind} ") for name in kept.rows):
             lines += family(kept, kind, case)
-    return [*lines, "Machine: " + "; ".join(f"{k} {v}" for k, v in machine().items()), ""]
+    return [*lines, f"Machine: {kept.machine()}", ""]
 
 
 def family(kept: Kept, kind: str, case: Case) -> list[str]:

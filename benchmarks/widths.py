@@ -112,8 +112,12 @@ def main() -> None:
             if name != BOTH:
                 claims[f"{BOTH} is above {name}, {head}"] = clear(own, found) == ">"
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "Machine: " + "; ".join(f"{k} {v}" for k, v in machine().items()), ""]
-    write("widths", {"rows": kept.rows, "machine": machine(), "seeds": SEEDS}, "\n".join(lines))
+    lines += ["", f"Machine: {kept.machine()}", ""]
+    write(
+        "widths",
+        {"rows": kept.rows, "cpus": kept.cpus, "machine": machine(), "seeds": SEEDS},
+        "\n".join(lines),
+    )
     settle(claims)
 
 
