@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from slimfuse.fuse import walk
 from slimfuse.fuse.fits import Fit
-from slimfuse.fuse.solve import ridge, roots
+from slimfuse.fuse.solve import directed, ridge, roots
 from slimfuse.fuse.stream import centring, consensus, pivots
 from slimfuse.fuse.tied import turn
 from slimfuse.fuse.walk import flat, rows
@@ -100,7 +100,7 @@ def _turns(builder: Builder, read: Tensor) -> list[Tensor]:
     picks = encode[:, torch.tensor(pivots(encode.T @ encode, size))].T
     u, _, vh = torch.linalg.svd(project @ picks @ project + ones)
     gram = read.T @ read
-    basis = torch.linalg.eigh(gram + 2 * gram.trace() * ones).eigenvectors[:, :-1]
+    basis = directed(torch.linalg.eigh(gram + 2 * gram.trace() * ones).eigenvectors[:, :-1])
     return [none, u @ vh, _like_channels(size) @ basis.T + ones]
 
 

@@ -45,6 +45,17 @@ def roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * (root * keep)) @ vectors.T, (vectors * inverse) @ vectors.T
 
 
+def directed(vectors: Tensor) -> Tensor:
+    """Return eigenvectors, the columns (n, k), with signs that rounding doesn't choose.
+
+    Each one's largest entry is positive. A turn that depends on signs would be another one where
+    sums are taken in another order.
+    """
+    places = vectors.abs().argmax(0)
+    found: Tensor = vectors * vectors.gather(0, places[None]).sign()
+    return found
+
+
 def reduce_scores(query: Tensor, key: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return maps (n, size) of a head's queries and keys that keep q·k best at rank `size`.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from slimfuse.families import NormKind
 from slimfuse.fuse.greedy import greedy_groups
 from slimfuse.fuse.plans import planned
-from slimfuse.fuse.solve import RANK_TOLERANCE, decoder, roots
+from slimfuse.fuse.solve import RANK_TOLERANCE, decoder, directed, roots
 from slimfuse.transport import Solver, TransportMap, from_assignment, standardised_cost
 
 EXACT = Solver()
@@ -112,7 +112,7 @@ def stream_map(
     the selected ones. cluster: k-means of the channels, the hard free-support barycentre.
     """
     values, vectors = torch.linalg.eigh(second)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    values, vectors = values.flip(0).clamp_min(0), directed(vectors.flip(1))
     energy = values / values.sum().clamp_min(TINY)
     plan: TransportMap | None = None
     centred = norm == "layer"
@@ -153,7 +153,7 @@ def _weighted_directions(second: Tensor, metric: Tensor, count: int, *, centred:
     metric = metric + METRIC_FLOOR * metric.diagonal().mean() * project
     root, _ = roots(metric)
     _, vectors = torch.linalg.eigh(root @ second @ root)
-    basis: Tensor = torch.linalg.qr(root @ vectors[:, -count:])[0]
+    basis: Tensor = torch.linalg.qr(root @ directed(vectors[:, -count:]))[0]
     return basis
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,3 +120,20 @@ def test_two_processes_find_what_one_finds(name: str, ran: Path) -> None:
     for key, value in whole.items():
         assert torch.equal(first[key], second[key]), key  # the same bytes
         torch.testing.assert_close(first[key], value, **CLOSE, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", REFITS)
+def test_signs_of_eigenvectors_choose_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library may return either sign, and sums in another order may turn it round."""
+    found, generator = torch.linalg.eigh, torch.Generator().manual_seed(0)
+
+    def flipped(matrix: Tensor) -> Any:
+        values, vectors = found(matrix)
+        signs = torch.randint(0, 2, values.shape, generator=generator) * 2 - 1
+        return torch.return_types.linalg_eigh((values, vectors * signs))
+
+    usual = REFITS[name](Processes())
+    monkeypatch.setattr(torch.linalg, "eigh", flipped)
+    other = REFITS[name](Processes())
+    for key, value in usual.items():
+        torch.testing.assert_close(other[key], value, **CLOSE, msg=lambda m, key=key: f"{key}: {m}")
