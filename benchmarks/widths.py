@@ -31,7 +31,6 @@ WAYS = {
     "fused from the 128 wide alone": ("fuse.parents=[low]",),
     "fused from the 96 wide alone": ("fuse.parents=[high]",),
     NOISE: ("fuse.parents=[low, noise]",),
-    "subclone of the 128 wide": ("fuse.method=subclone", "fuse.parents=[low]"),
     "random start": ("fuse.method=random",),
 }
 PARENTS = {"the 128 wide parent": "low", "the 96 wide parent": "high"}
@@ -95,8 +94,8 @@ def main() -> None:
         f"by the calibrated union of both parents on unlabelled images (hardness 1) for {STEPS} "
         f"steps. 10,000 test images over ten classes, in % ± half the 95 % interval over "
         f"{len(SEEDS)} seeds (Student's t), each with parents of its own; behind, the lead of "
-        f"`{BOTH}`, paired by seed. A subclone, structured pruning and an average take "
-        "one width. Made by `make bench-widths`.", "",
+        f"`{BOTH}`, paired by seed. A subclone and structured pruning "
+        "need a parent that knows all classes, an average one width. Made by `make bench-widths`.", "",
         f"| model | {' | '.join(heads)} |", "| --- | --- | --- |",
     ]  # fmt: skip
     lines += [
