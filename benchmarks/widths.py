@@ -95,7 +95,8 @@ def main() -> None:
         f"steps. 10,000 test images over ten classes, in % ± half the 95 % interval over "
         f"{len(SEEDS)} seeds (Student's t), each with parents of its own; behind, the lead of "
         f"`{BOTH}`, paired by seed. A subclone and structured pruning "
-        "need a parent that knows all classes, an average one width. Made by `make bench-widths`.", "",
+        "need a parent that knows all classes, an average one width. Made by `make "
+        "bench-widths`.", "",
         f"| model | {' | '.join(heads)} |", "| --- | --- | --- |",
     ]  # fmt: skip
     lines += [
