@@ -6,6 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from slimfuse.data.gguf import SUFFIX, converted, find_gguf
 from slimfuse.data.packages import PACKAGE, find_package
 from slimfuse.errors import ParentError, first_line
@@ -17,6 +19,7 @@ from slimfuse.tasks import Task
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 """Of weights in several files: which file has which weight."""
+FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors
 LONGEST = 255  # bytes of a file's name
 FETCHED = (
     "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "LICENCE*",
@@ -67,6 +70,7 @@ def _ready(name: str, path: Path, task: Task, where: str) -> Path:
         known = {family.removesuffix("_text") for family in TASK_FAMILIES["causal-lm"]}
         path = converted(file, known, where=where)
     _need_files(name, path, task)
+    _need_floats(name, path)
     return path
 
 
@@ -137,3 +141,38 @@ def _need_files(name: str, folder: Path, task: Task) -> None:
         listed = ", ".join(file.name for file in several[:5])
         hint = f"name one of the folder's .gguf files ({listed}); or {hint}"
     raise ParentError(f"parent {name!r} lacks {', '.join(missing)}", where=str(folder), hint=hint)
+
+
+def _need_floats(name: str, folder: Path) -> None:
+    """Raise ParentError where a model is stored in small numbers with scales beside them.
+
+    The stock class would read them as they are, without their scales. A file that can't be read
+    is told of where its weights are.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        told = config.get("quantization_config")
+        whole = [
+            f"{key} in {kind}"
+            for file in weight_files(folder)
+            for key, kind in _kinds(file)
+            if key.endswith(".weight") and kind not in FLOATS
+        ]
+    except (OSError, ValueError, AttributeError, SafetensorError):
+        return
+    method = told.get("quant_method", "yes") if isinstance(told, dict) else told
+    if not method and not whole:
+        return
+    raise ParentError(
+        f"parent {name!r} is quantised, and its weights are wanted as float numbers",
+        where=str(folder),
+        got=f"quantization_config: {method}" if method else ", ".join(whole[:3]),
+        allowed="float64, float32, float16, bfloat16",
+        hint="take the model it was made of, or dequantise it and save it with save_pretrained",
+    )
+
+
+def _kinds(file: Path) -> list[tuple[str, str]]:
+    """Return the names and number formats of a file's tensors; only its header is read."""
+    with safe_open(file, "pt") as opened:
+        return [(key, opened.get_slice(key).get_dtype()) for key in opened.keys()]  # noqa: SIM118

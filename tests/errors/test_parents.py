@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from errors.saying import Words, says, two
 from safetensors.torch import load_file, save_file
 from tiny_run import recipe, save_parent
@@ -83,6 +84,7 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+HEAD = "classifier.weight"
 SPOILED: dict[str, tuple[Callable[[Path], object], Words]] = {
     "family": (bert, ("another family", "got:     bert", "allowed: vit")),
     "cut": (cut, ("weights can't be read", "slim", "next:")),
@@ -110,6 +112,14 @@ SPOILED: dict[str, tuple[Callable[[Path], object], Words]] = {
     "odd processor": (
         lambda f: edit(f / "preprocessor_config.json", size={"height": 9, "width": 8}),
         ("other images than the model takes", "slim/preprocessor_config.json", "3 × 9 × 8"),
+    ),
+    "quantised": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        ("parent 'a' is quantised", "quantization_config: gptq", "allowed: float64", "next:"),
+    ),
+    "whole numbers": (
+        lambda f: change_weights(f, lambda w: w.update({HEAD: (w[HEAD] * 100).to(torch.int8)})),
+        ("parent 'a' is quantised", f"{HEAD} in I8", "next:"),
     ),
     "pickle": (pickled, ("lacks model.safetensors", "pytorch_model.bin is not read", "next:")),
     "config": (lambda f: (f / "config.json").write_text("{"), ("can't be opened", "config.json")),
