@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 WIDTH, HEIGHT = 3.6, 2.9  # inches, of one panel
+FEW = 6  # values of x that all get a tick
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,15 @@ def draw(name: str, panels: Sequence[Panel], columns: int = 3) -> Path:
                     low, high = zip(*line.interval, strict=True)
                     axes.fill_between(line.x, low, high, color=drawn.get_color(), alpha=0.2, lw=0)
             axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
-            if "x" in panel.log:
-                axes.set_xscale("log")
-            if "y" in panel.log:
-                axes.set_yscale("log")
+            for letter in panel.log:
+                axes.set(**{f"{letter}scale": "log"})
+                axis = {"x": axes.xaxis, "y": axes.yaxis}[letter]
+                axis.set_major_formatter("{x:g}")  # 20, not 2 × 10¹
+                axis.set_minor_formatter("{x:g}")
+            places = sorted({x for line in panel.lines for x in line.x})
+            if "x" in panel.log and len(places) <= FEW:
+                axes.set_xticks(places)
+                axes.xaxis.minorticks_off()
             for at, text in (panel.names or {}).items():
                 line = panel.lines[0]
                 y = line.y[list(line.x).index(at)]
