@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import machine, settle, write
+from common import settle, write
 from kept import Figures, Kept, kept_parser
 from transformers import (
     AutoTokenizer,
@@ -111,9 +111,7 @@ def main() -> None:
         for name, r in ((name, rows[name]) for name in CASES)
     ]  # fmt: skip
     lines += ["", f"Machine: {kept.machine()}"]
-    write(
-        "diagnose", {"rows": rows, "cpus": kept.cpus, "machine": machine()}, "\n".join(lines) + "\n"
-    )
+    write("diagnose", kept.record(()), "\n".join(lines) + "\n")
     base = rows["BERT base"]
     settle(
         {f"{name}: under {GIBIBYTES} GiB": r["gib"] < GIBIBYTES for name, r in rows.items()}

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import machine, settle, write
+from common import settle, write
 from kept import Figures, Kept, average, kept_parser, spread
 from parents import parent_folder
 from plots import Line, Panel, draw
@@ -107,8 +107,7 @@ def main() -> None:
         ),
         "", f"Rates: {RATE}. Machine: {kept.machine()}", "",
     ]  # fmt: skip
-    data = {"rows": kept.rows, "cpus": kept.cpus, "machine": machine(), "seeds": SEEDS}
-    write("efficiency", data, "\n".join(lines))
+    write("efficiency", kept.record(SEEDS), "\n".join(lines))
     draw(
         "efficiency",
         [

@@ -55,6 +55,11 @@ class Kept:
             print(f"{name}: {each}", flush=True)
         return self.rows[name]
 
+    def record(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """Return what is written beside the page."""
+        kept = {"rows": self.rows, "cpus": self.cpus, "conditions": self.conditions}
+        return kept | {"machine": machine(), "seeds": seeds}
+
     def machine(self) -> str:
         """Return what the figures depend on, with the processors that rows were measured on."""
         here = machine()

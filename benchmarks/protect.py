@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine, random_parent, settle, write
+from common import random_parent, settle, write
 from kept import Figures, Kept, average, kept_parser, spread
 from plots import Line, Panel, draw
 from torch import Tensor, nn
@@ -201,7 +201,7 @@ def main() -> None:
         return
     write(
         "protect",
-        {"rows": kept.rows, "cpus": kept.cpus, "machine": machine(), "seeds": SEEDS},
+        kept.record(SEEDS),
         page(kept),
     )
     picture(kept)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import machine, settle, write
+from common import settle, write
 from kept import Figures, Kept, ahead, average, clear, kept_parser, spread
 from parents import BERT_TINY, parent_folder
 from peers import torch_pruned
@@ -197,14 +197,7 @@ def main() -> None:
     if not whole:
         print("\n".join(text))
         return
-    data = {
-        "rows": kept.rows,
-        "cpus": kept.cpus,
-        "conditions": conditions,
-        "machine": machine(),
-        "seeds": SEEDS,
-    }
-    write("quality", data, "\n".join(text))
+    write("quality", kept.record(SEEDS), "\n".join(text))
     settle(claims)
 
 

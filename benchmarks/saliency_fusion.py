@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import machine, write
+from common import write
 from kept import Figures, Kept, ahead, clear, kept_parser, spread
 from parents import BERT_TINY, MINILM, parent_folder
 from variants import measure, seeded
@@ -185,14 +185,7 @@ def main() -> None:
     if arguments.quick or not done:
         print("\n".join(text))
         return
-    data = {
-        "rows": kept.rows,
-        "cpus": kept.cpus,
-        "conditions": conditions,
-        "machine": machine(),
-        "seeds": SEEDS,
-    }
-    write("saliency-fusion", data, "\n".join(text))
+    write("saliency-fusion", kept.record(SEEDS), "\n".join(text))
 
 
 def run(bench: Bench, kept: Kept, kind: str, seed: int, arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import machine, write
+from common import write
 from kept import Figures, Kept, ahead, average, clear, kept_parser, spread
 from parents import BERT_TINY, parent_folder
 from torch import nn
@@ -233,14 +233,7 @@ def main() -> None:
     if arguments.quick or not done:
         print("\n".join(text))
         return
-    data = {
-        "rows": kept.rows,
-        "cpus": kept.cpus,
-        "conditions": conditions,
-        "machine": machine(),
-        "seeds": SEEDS,
-    }
-    write("structured", data, "\n".join(text))
+    write("structured", kept.record(SEEDS), "\n".join(text))
 
 
 def measure(bench: Bench, kept: Kept, kind: str, quick: bool) -> None:

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import machine, settle, write
+from common import settle, write
 from kept import Figures, Kept, ahead, clear, kept_parser, spread
 from transformers import AutoConfig, AutoModelForImageClassification
 from variants import measure, seeded
@@ -115,7 +115,7 @@ def main() -> None:
     lines += ["", f"Machine: {kept.machine()}", ""]
     write(
         "widths",
-        {"rows": kept.rows, "cpus": kept.cpus, "machine": machine(), "seeds": SEEDS},
+        kept.record(SEEDS),
         "\n".join(lines),
     )
     settle(claims)
