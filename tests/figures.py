@@ -120,13 +120,9 @@ def _data(path: Path) -> tuple[list[tuple[float, float]], list[float]]:
         values.extend(own)
         pairs.extend(pairwise(own))
         several = [_numbers(child) for child in children if isinstance(child, list)]
-        differences = [
-            [x - y for x, y in zip(a, b, strict=True)]
-            for a in several
-            for b in several
-            if a is not b and len(a) == len(b)
-        ]
-        for series in (own, *differences, *_over_seeds(node)):
+        by_key = _over_seeds(node)
+        differences = [d for group in (several, *by_key) for d in _differences(group)]
+        for series in (own, *differences, *(one for group in by_key for one in group)):
             if len(series) > 1:
                 pairs.append(_interval(series))
         for child in children:
@@ -140,16 +136,27 @@ def _numbers(children: list[Any]) -> list[float]:
     return [float(child) for child in children if type(child) in (int, float)]
 
 
-def _over_seeds(node: Any) -> Iterator[list[float]]:
-    """Yield the figures of rows whose names differ in their first number, which is the seed."""
-    if not isinstance(node, dict):
-        return
-    found: dict[tuple[str, str], list[float]] = {}
-    for name, row in node.items():
+def _differences(several: list[list[float]]) -> list[list[float]]:
+    """Return the differences of any two series of one length."""
+    return [
+        [x - y for x, y in zip(a, b, strict=True)]
+        for a in several
+        for b in several
+        if a is not b and len(a) == len(b)
+    ]
+
+
+def _over_seeds(node: Any) -> list[list[list[float]]]:
+    """Return by key the figures of rows whose names differ in their first number, the seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, row in node.items() if isinstance(node, dict) else ():
         for key, value in row.items() if isinstance(row, dict) else ():
             if type(value) in (int, float):
-                found.setdefault((re.sub(r"\d+", "#", name, count=1), key), []).append(value)
-    yield from found.values()
+                series = found.setdefault(key, {}).setdefault(
+                    re.sub(r"\d+", "#", name, count=1), []
+                )
+                series.append(value)
+    return [list(group.values()) for group in found.values()]
 
 
 def _interval(values: list[float]) -> tuple[float, float]:
