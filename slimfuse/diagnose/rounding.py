@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slimfuse.diagnose.answers import Kind, Labelled, Read, flat
 from slimfuse.diagnose.curvature import Estimate
-from slimfuse.diagnose.probing import Patience, probe
+from slimfuse.diagnose.probing import Patience, only, probe
 
 Round = Callable[[Tensor], Tensor]
 """Rows (n, m) -> what rounding adds to them."""
@@ -105,7 +105,12 @@ def by_layer(
     seen: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, given, made: seen.append((name, given[0].detach(), made))
+        def observe(_module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+            if not made.requires_grad:  # the first layer's, as no weight asks for gradients
+                made.requires_grad_()
+            seen.append((name, given[0].detach(), made))
+
+        return observe
 
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     order = {name: place for place, name in enumerate(layers)}
@@ -113,24 +118,18 @@ def by_layer(
     try:
         for given in (patience or Patience()).over(singles):
             for _ in range(probes):
-                seen.clear()
-                with torch.enable_grad():
-                    value = probe(model, given, kind, generator, read)
-                    outputs = [made for _, _, made in seen]
-                    slopes = torch.autograd.grad(value, outputs, allow_unused=True)
+                passed = _passed(model, given, kind, generator, read, seen)
                 for what, scheme in schemes.items():
                     row = torch.zeros(len(order), dtype=torch.float64)
-                    for (name, x, _), g in zip(seen, slopes, strict=True):
-                        if g is None:
-                            continue
+                    for name, x, g in passed:
                         rows, change = x.flatten(0, -2), moved[what][name]
                         delta = rows @ change.T + scheme.inputs(rows) @ (exact[name] + change).T
                         row[order[name]] += (g.flatten(0, -2).double() * delta).sum().cpu()
                     products[what].append(row)
+                del passed  # before the next pass
     finally:
         for handle in handles:
             handle.remove()
-        seen.clear()
     found = {what: torch.stack(rows) for what, rows in products.items()}
     forecasts = [
         LayerForecast(
@@ -141,6 +140,24 @@ def by_layer(
         for i, name in enumerate(layers)
     ]
     return forecasts, {what: Estimate.of(r.sum(1).square() / 2) for what, r in found.items()}
+
+
+def _passed(
+    model: nn.Module,
+    given: Labelled,
+    kind: Kind,
+    generator: torch.Generator,
+    read: Read,
+    seen: list[tuple[str, Tensor, Tensor]],
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Return layers' names, inputs and probes by their outputs, of one pass that `seen` watches."""
+    with only(model), torch.enable_grad():
+        value = probe(model, given, kind, generator, read)
+        outputs = [made for _, _, made in seen]
+        slopes = torch.autograd.grad(value, outputs, allow_unused=True)
+    names = [(name, x) for name, x, _ in seen]
+    seen.clear()
+    return [(*known, g) for known, g in zip(names, slopes, strict=True) if g is not None]
 
 
 def dearest(found: Sequence[LayerForecast], what: str) -> list[LayerForecast]:

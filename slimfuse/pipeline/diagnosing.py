@@ -28,6 +28,7 @@ from slimfuse.diagnose.rounding import (
 )
 from slimfuse.diagnose.spectrum import Spectrum, allocate, spectra
 from slimfuse.families import Layout
+from slimfuse.fuse.memory import hold_steady
 from slimfuse.pipeline.answering import kind_of, reading
 from slimfuse.pipeline.calibration import calibration
 from slimfuse.pipeline.job import Job
@@ -68,6 +69,7 @@ class Diagnosing:
 
     def tables(self) -> tuple[Finding, ...]:
         """Return all tables."""
+        hold_steady()  # else what passes freed adds up in the C library's heap
         made: dict[str, Callable[[], Sequence[Finding]]] = {
             "structure": self.structure, "signals": self.signals, "slopes": self.slopes,
             "rounding": self.rounding,
