@@ -66,6 +66,7 @@ def test_texts_and_time_that_is_over(tmp_path: Path) -> None:
         (("wide",), {}, "no data"),
         (("wide",), {"data": "nowhere"}, "no such data"),
         (("wide",), {"data": "digits", "family": "vitt"}, "no such model and task"),
+        (("wid",), {"data": "digits"}, "no model here"),
         (("wide",), {"data": "digits", "samples": 1}, "out of range"),
         (("a.yaml", "b.yaml"), {}, "a recipe stands alone"),
         (("a.yaml",), {"data": "digits"}, "a recipe stands alone"),

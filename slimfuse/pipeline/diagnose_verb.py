@@ -132,6 +132,11 @@ def _recipe_of(
             )  # fmt: skip
         kind = "imagefolder" if family in IMAGE_FAMILIES else "textfolder"
         source = {"source": kind, "path": str(Path(data).resolve())}
+    if not family and not task:  # neither a config told them nor flags
+        raise UserError(
+            "no model here", where="MODEL", got=models[0], allowed="a folder with config.json",
+            hint="of a hub id say --family and --task",
+        )  # fmt: skip
     if task not in TASK_FAMILIES or family not in TASK_FAMILIES[task]:
         known = "; ".join(f"{t}: {', '.join(f)}" for t, f in TASK_FAMILIES.items())
         raise UserError(
