@@ -42,7 +42,8 @@ def place(
     obstacles: Sequence[Box],
     frame: Box,
 ) -> list[Placed]:
-    """Return one box per point, greedily: least overlap first, then nearest, then preferred side.
+    """Return one box per point, greedily: least overlap first, then none that reads as another
+    point's name, then nearest, then preferred side.
 
     points, sizes: centre of each mark, width and height of its label, in points.
     obstacles: boxes no label may cover: marks, error bars.
@@ -55,7 +56,8 @@ def place(
             for radius, direction in product(_RADII, _DIRECTIONS)
         ]
         # min keeps the first of equals: nearest and most preferred
-        choice = min(choices, key=lambda c: _cost(c.box, taken, frame))
+        ranks = [(_cost(c.box, taken, frame), _strayed(c.box, point, points)) for c in choices]
+        choice = choices[ranks.index(min(ranks))]
         out.append(choice)
         taken.append(choice.box)
     return out
@@ -75,6 +77,16 @@ def _into(box: Box, frame: Box) -> Box:
     # sideways only: a name above its point still reads as its name when it is not centred
     shift = max(frame[0] - box[0], 0.0) + min(frame[2] - box[2], 0.0)
     return box[0] + shift, box[1], box[2] + shift, box[3]
+
+
+def _strayed(box: Box, own: tuple[float, float], points: Sequence[tuple[float, float]]) -> bool:
+    """Return whether a label is nearer to another point than to its own."""
+    return any(_gap(box, other) < _gap(box, own) for other in points)
+
+
+def _gap(box: Box, point: tuple[float, float]) -> float:
+    x, y = point
+    return math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3]))
 
 
 def _cost(box: Box, taken: Sequence[Box], frame: Box) -> float:

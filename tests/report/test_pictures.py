@@ -93,6 +93,23 @@ def test_awkward_data_draw_without_a_warning() -> None:
     accuracy_latency(rows, 1, 1)  # spans decades: the axis turns logarithmic
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_label_is_nearest_to_its_own_point(seed: int) -> None:
+    dx, dy = np.random.default_rng(seed).uniform(4, 12, size=2)
+    points = [(200.0, 200.0), (200.0 - dx, 200.0 + dy)]
+    marks = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    bars = [(x - 1, y - 40, x + 1, y + 40) for x, y in points]
+    bars += [(x, y - 1, x + 120, y + 1) for x, y in points]
+    boxes = [p.box for p in place(points, [(40.0, 9.0)] * 2, marks + bars, (180, 0, 400, 400))]
+
+    def gap(box: tuple[float, ...], point: tuple[float, float]) -> float:
+        x, y = point
+        return float(np.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3])))
+
+    for own, other, box in zip(points, points[::-1], boxes, strict=True):
+        assert gap(box, own) < gap(box, other)
+
+
 def test_labels_do_not_overlap() -> None:
     rng = np.random.default_rng(5)
     points = [(float(x), float(y)) for x, y in rng.uniform(60, 340, size=(23, 2))]
