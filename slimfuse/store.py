@@ -358,7 +358,9 @@ def free_bytes(folder: Path) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it appears whole or not at all."""
+    """Write a file so that it appears whole or not at all; raises StorageError."""
+    if path.is_dir():
+        raise StorageError("a file is to be written here", where=str(path), got="a folder")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")

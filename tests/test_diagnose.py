@@ -67,6 +67,8 @@ def test_texts_and_time_that_is_over(tmp_path: Path) -> None:
         (("wide",), {"data": "nowhere"}, "no such data"),
         (("wide",), {"data": "digits", "family": "vitt"}, "no such model and task"),
         (("wid",), {"data": "digits"}, "no model here"),
+        (("wide",), {"data": "digits", "overrides": ("foo.bar=1",)}, "no recipe to change"),
+        (("wide",), {"data": "digits", "out": "x"}, "no recipe to change"),
         (("wide",), {"data": "digits", "samples": 1}, "out of range"),
         (("a.yaml", "b.yaml"), {}, "a recipe stands alone"),
         (("a.yaml",), {"data": "digits"}, "a recipe stands alone"),

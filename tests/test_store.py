@@ -12,16 +12,7 @@ import pytest
 from tiny_run import events, folder_bytes
 
 from slimfuse.errors import StorageError
-from slimfuse.store import (
-    CHECKPOINT,
-    LOCK,
-    MANIFEST,
-    Stage,
-    Store,
-    digest,
-    free_bytes,
-    write_text,
-)
+from slimfuse.store import CHECKPOINT, LOCK, MANIFEST, Stage, Store, digest, free_bytes, write_text
 
 
 def writer(text: str = "content") -> Callable[[Path], None]:
@@ -232,3 +223,10 @@ def test_room_is_told_for_a_folder_that_is_yet_to_be_made(store: Store) -> None:
     assert store.used_bytes("a lock") > len("content")
     assert store.used_bytes("another") == 0
     assert free_bytes(old.path) > 0
+
+
+def test_a_folder_where_a_file_is_to_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(StorageError, match="a file is to be written here"):
+        write_text(tmp_path / "page.html", "x")
+    assert [f.name for f in tmp_path.iterdir()] == ["page.html"]  # and nothing half-written

@@ -73,6 +73,12 @@ def diagnose(
                 got=", ".join((*odd, *map(str, models[1:]))), allowed="--set, --out, --samples …",
             )  # fmt: skip
         return _of_recipe(recipe, spec, overrides, out)
+    told = [*(("--set",) if overrides else ()), *(("--out",) if out is not None else ())]
+    if told:
+        raise UserError(
+            "saved models have no recipe to change", where="MODEL", got=", ".join(told),
+            hint="leave them out, or diagnose a recipe",
+        )  # fmt: skip
     job = prepare(_recipe_of([str(m) for m in models], data, family, task), Path("diagnose.yaml"))
     torch.set_num_threads(job.threads)
     found = [subject(job, p.name, cast(Path, p.folder)) for p in job.parents]
