@@ -199,11 +199,7 @@ def main() -> None:
         kept.row(REPLAY.format(seed=seed), bench.replayed)
     if small or any(REPLAY.format(seed=s) not in kept.rows for s in SEEDS):
         return
-    write(
-        "protect",
-        kept.record(SEEDS),
-        page(kept),
-    )
+    write("protect", kept.record(SEEDS), page(kept))
     picture(kept)
     settle(claims(kept))
 

@@ -113,11 +113,7 @@ def main() -> None:
                 claims[f"{BOTH} is above {name}, {head}"] = clear(own, found) == ">"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", f"Machine: {kept.machine()}", ""]
-    write(
-        "widths",
-        kept.record(SEEDS),
-        "\n".join(lines),
-    )
+    write("widths", kept.record(SEEDS), "\n".join(lines))
     settle(claims)
 
 
